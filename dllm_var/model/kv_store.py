@@ -1,0 +1,127 @@
+"""Keys and values of tokens that need not be computed again: preallocated, written by slot, stamped with their step.
+
+Used by the attention of `dllm_var.model.llada`; which position is stored when is decided elsewhere
+(`dllm_var.decoding.kv_policies`). Nothing here grows: a forward writes into columns of one buffer per layer and attends
+to a slice of it. Tokens that a forward needs but must not keep (slot −1) are parked in scratch columns behind the
+stored ones, where the next forward overwrites them.
+
+Legend: B rows, n tokens of one call, C slots, Hkv key/value heads, d head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_var.model.config import LLaDAConfig
+
+EMPTY = -1
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one call's tokens go and what its queries may see; the same for every layer."""
+
+    columns: Tensor  # [B, n] int64, on the device of the store
+    start: int | None  # first column when all rows write the same contiguous run, else None
+    width: int  # keys 0..width-1 take part in this call
+    visible: Tensor | None  # [B, width] bool; None when every key is visible
+
+
+class KVStore:
+    """Rotated keys and values of ``rows`` sequences with ``capacity`` slots each, and room for ``scratch`` passing tokens.
+
+    Args:
+        config: the model's configuration.
+        rows: B, the number of sequences.
+        capacity: C, stored slots per row. A slot is the token's absolute position unless a policy says otherwise.
+        scratch: the largest number of slot −1 tokens in one call.
+        dtype: of keys and values. device: where they live.
+
+    Attributes:
+        stamp: int32 [B, C] on the host; the step in which each slot was written, −1 while empty.
+    """
+
+    def __init__(
+        self, config: LLaDAConfig, rows: int, capacity: int, scratch: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.capacity, self.scratch = capacity, scratch
+        shape = (rows, config.num_key_value_heads, capacity + scratch + 1, config.head_dim)  # +1: a column for pads
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self.stamp = torch.full((rows, capacity), EMPTY, dtype=torch.int32)
+
+    @property
+    def rows(self) -> int:
+        """Rows that are held now."""
+        return self.stamp.shape[0]
+
+    def nbytes(self) -> int:
+        """Bytes of the key and value buffers."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    def place(self, slots: Tensor, real: Tensor | None, step: int) -> Placement:
+        """Reserve columns for the tokens of one call and stamp those that will be stored.
+
+        Args:
+            slots: int64 [B, n] on the host; the slot of each token, −1 for a token that is only visible to this call.
+            real: bool [B, n] on the host; False marks padding, which is neither stored nor seen. None: no padding.
+            step: stamped on the stored slots.
+
+        Raises:
+            ValueError: rows differ from the store's, a slot lies outside it, two tokens of a row share one, or the
+                scratch room is too small.
+        """
+        rows, n = slots.shape
+        if rows != self.rows:
+            raise ValueError(f"slots has {rows} rows, the key/value store holds {self.rows}.")
+        if n and (int(slots.max()) >= self.capacity or int(slots.min()) < EMPTY):
+            raise ValueError(f"slots must lie in −1..{self.capacity - 1}, got {int(slots.min())}..{int(slots.max())}.")
+        real = torch.ones_like(slots, dtype=torch.bool) if real is None else real
+        kept = real & (slots != EMPTY)
+        passing = real & (slots == EMPTY)
+        ordered = slots.masked_fill(~kept, EMPTY).sort(dim=1).values
+        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != EMPTY)).any()):
+            raise ValueError("two tokens of one row were given the same slot.")
+        row = torch.arange(rows)[:, None].expand(rows, n)
+        self.stamp[row[kept], slots[kept]] = step
+
+        filled = (self.stamp != EMPTY).any(dim=0).nonzero()
+        extent = int(filled[-1]) + 1 if len(filled) else 0
+        rank = passing.cumsum(dim=1) - 1
+        parked = int(passing.sum(dim=1).max()) if n else 0
+        if parked > self.scratch:
+            raise ValueError(f"{parked} passing tokens in one call, but the store was made with scratch={self.scratch}.")
+        trash = self.capacity + self.scratch
+        columns = torch.where(kept, slots, torch.where(passing, extent + rank, trash))
+        width = extent + parked
+
+        seen = torch.zeros(rows, width, dtype=torch.bool)
+        seen[:, :extent] = self.stamp[:, :extent] != EMPTY
+        seen[row[passing], columns[passing]] = True
+        device = self.keys[0].device
+        first = int(columns[0, 0]) if n else 0
+        contiguous = bool((columns == first + torch.arange(n)).all())
+        return Placement(
+            columns=columns.to(device, non_blocking=True),
+            start=first if contiguous else None,
+            width=width,
+            visible=None if bool(seen.all()) else seen.to(device, non_blocking=True),
+        )
+
+    def exchange(self, layer: int, key: Tensor, value: Tensor, at: Placement) -> tuple[Tensor, Tensor]:
+        """Write a call's keys and values [B, Hkv, n, d] of one layer; return all that its queries may see [B, Hkv, width, d]."""
+        for buffer, fresh in ((self.keys[layer], key), (self.values[layer], value)):
+            if at.start is not None:
+                buffer[:, :, at.start : at.start + fresh.shape[2]] = fresh
+            else:
+                row = torch.arange(fresh.shape[0], device=fresh.device)[:, None]
+                buffer[row, :, at.columns] = fresh.transpose(1, 2).to(buffer.dtype)
+        return self.keys[layer][:, :, : at.width], self.values[layer][:, :, : at.width]
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only the given rows (int64 indices, in their new order); the others are forgotten."""
+        self.stamp = self.stamp[rows.cpu()]
+        rows = rows.to(self.keys[0].device)
+        self.keys = [k[rows] for k in self.keys]
+        self.values = [v[rows] for v in self.values]
