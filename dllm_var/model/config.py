@@ -2,10 +2,10 @@
 
 The public remote class falls back to GPT-2-like values when a field is missing and so builds another model without a
 word; here every field that decides shape, rotation, normalisation or tying must be given, and a variant of the
-architecture that no released checkpoint uses is refused by name.
+architecture that no released checkpoint uses is refused by name. Used by everything that builds or loads a model.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -16,26 +16,38 @@ REQUIRED = (
     "mask_token_id", "eos_token_id",
 )  # fmt: skip
 
-# The one architecture that is implemented: field -> (accepted value, is it also meant when the field is absent?).
-SUPPORTED: dict[str, tuple[Any, bool]] = {
-    "block_type": ("llama", False),
-    "layer_norm_type": ("rms", False),
-    "activation_type": ("silu", False),
-    "rope": (True, False),
-    "rope_full_precision": (True, True),
-    "alibi": (False, True),
-    "include_bias": (False, True),
-    "include_qkv_bias": (False, True),
-    "bias_for_layer_norm": (False, True),
-    "attention_layer_norm": (False, True),
-    "input_emb_norm": (False, True),
-    "scale_logits": (False, True),
-    "block_group_size": (1, True),
+# The one architecture that is implemented. A field that is not in REQUIRED may also be absent or null: it then means this.
+SUPPORTED: dict[str, Any] = {
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "activation_type": "silu",
+    "rope": True,
+    "rope_full_precision": True,
+    "alibi": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "bias_for_layer_norm": False,
+    "attention_layer_norm": False,
+    "input_emb_norm": False,
+    "scale_logits": False,
+    "block_group_size": 1,
+    "attention_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "residual_dropout": 0.0,
 }
 
+POSITIVE = ("d_model", "n_heads", "n_layers", "vocab_size", "max_sequence_length", "num_key_value_heads", "mlp_width")
 
-class LLaDAConfig(PretrainedConfig):  # type: ignore[misc]
+# Kept out of the base class, whose releases disagree on which of these names they swallow.
+SET_BY_US = (*REQUIRED, *SUPPORTED, "embedding_size", "mlp_ratio", "multi_query_attention", "eot_token_id", "bos_token_id")
+
+
+class LLaDAConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """Configuration of a LLaDA-family mask predictor (arXiv 2502.09992); field names are those of the released checkpoints.
+
+    Every other field is kept as it is and written back on saving. `eot_token_id` is our one addition: the second id that
+    ends an answer, written when a model is exported so that its folder decodes without asking the tokenizer.
 
     Raises:
         ValueError: a required field is missing, a field asks for an unsupported variant, or shapes contradict each other.
@@ -43,8 +55,9 @@ class LLaDAConfig(PretrainedConfig):  # type: ignore[misc]
 
     model_type = "llada"
     has_no_defaults_at_init = True
-    keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {
+    is_composition = True  # the same, as releases of transformers before 4.52 call it
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    attribute_map: ClassVar = {
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",
         "num_attention_heads": "n_heads",
@@ -52,46 +65,47 @@ class LLaDAConfig(PretrainedConfig):  # type: ignore[misc]
     }
 
     def __init__(self, **fields: Any) -> None:
-        fields = {self.attribute_map.get(name, name): value for name, value in fields.items()}
+        fields = _own_names(fields, {**self.attribute_map, "num_key_value_heads": "n_kv_heads"})
         missing = [name for name in REQUIRED if name not in fields]
         if missing:
             raise ValueError(
                 f"config.json lacks {', '.join(missing)}. Every shape-bearing field of a LLaDA checkpoint must be given: "
                 "copy the missing ones from the config.json that the weights were trained with."
             )
-        for name, (wanted, _) in SUPPORTED.items():
-            if fields.get(name, wanted) not in (wanted, None):
+        for name, wanted in SUPPORTED.items():
+            given = fields.get(name, wanted)
+            if given != wanted and (given is not None or name in REQUIRED):
                 raise ValueError(
-                    f"config field {name}={fields[name]!r} is not supported (only {wanted!r} is): "
+                    f"config field {name}={given!r} is not supported (only {wanted!r} is): "
                     "no released LLaDA checkpoint uses that variant."
                 )
-        ids = {name: fields.pop(name) for name in ("eos_token_id", "pad_token_id") if name in fields}
+        ours = {name: fields.pop(name) for name in SET_BY_US if name in fields}
+        pad_token_id = fields.pop("pad_token_id", None)
         use_cache = fields.pop("use_cache", False)
-        fields.setdefault("tie_word_embeddings", bool(fields["weight_tying"]))
+        fields.setdefault("tie_word_embeddings", bool(ours["weight_tying"]))
         super().__init__(**fields)
-        # Set after the base class, whose releases disagree on which of these names they swallow.
-        for name, value in fields.items():
-            if name in REQUIRED or name in SUPPORTED or name in ("embedding_size", "mlp_ratio", "multi_query_attention"):
-                setattr(self, name, value)
-        self.eos_token_id = ids["eos_token_id"]
-        self.pad_token_id = ids.get("pad_token_id", self.eos_token_id)
+        for name, value in ours.items():
+            setattr(self, name, value)
+        self.pad_token_id = ours["eos_token_id"] if pad_token_id is None else pad_token_id
         self.use_cache = use_cache
         self._check_shapes()
 
     def _check_shapes(self) -> None:
-        for name in ("d_model", "n_heads", "n_layers", "vocab_size", "max_sequence_length"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"config field {name}={getattr(self, name)!r} must be a positive integer.")
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"config field {name}={value!r} must be a positive integer.")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not isinstance(getattr(self, name), (int, float)) or getattr(self, name) <= 0:
+                raise ValueError(f"config field {name}={getattr(self, name)!r} must be a positive number.")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise ValueError(
                 f"d_model={self.d_model} over n_heads={self.n_heads} must give an even whole head width (rotary embedding)."
             )
         if self.n_heads % self.num_key_value_heads:
             raise ValueError(f"n_kv_heads={self.num_key_value_heads} must divide n_heads={self.n_heads}.")
-        if self.mlp_hidden_size is None and getattr(self, "mlp_ratio", None) is None:
-            raise ValueError("config field mlp_hidden_size is null and mlp_ratio is not given: give one of them.")
-        if not 0 <= self.mask_token_id < self.embedding_rows:
-            raise ValueError(f"mask_token_id={self.mask_token_id} lies outside the {self.embedding_rows} embedding rows.")
+        if not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.embedding_rows:
+            raise ValueError(f"mask_token_id={self.mask_token_id!r} lies outside the {self.embedding_rows} embedding rows.")
 
     @property
     def num_key_value_heads(self) -> int:
@@ -108,9 +122,25 @@ class LLaDAConfig(PretrainedConfig):  # type: ignore[misc]
     @property
     def mlp_width(self) -> int:
         """Inner width of the gated MLP (``mlp_hidden_size``, else ``mlp_ratio * d_model``)."""
-        return int(self.mlp_hidden_size if self.mlp_hidden_size is not None else self.mlp_ratio * self.d_model)
+        if self.mlp_hidden_size is not None:
+            return int(self.mlp_hidden_size)
+        ratio = getattr(self, "mlp_ratio", None)
+        if ratio is None:
+            raise ValueError("config field mlp_hidden_size is null and mlp_ratio is not given: give one of them.")
+        return int(ratio * self.d_model)
 
     @property
     def embedding_rows(self) -> int:
         """Rows of the embedding and of the head (``embedding_size`` if set, else ``vocab_size``)."""
         return int(getattr(self, "embedding_size", None) or self.vocab_size)
+
+
+def _own_names(fields: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
+    """The fields under LLaDA's names; an alias that contradicts the field itself is refused."""
+    named: dict[str, Any] = {}
+    for name, value in fields.items():
+        own = aliases.get(name, name)
+        if own in named and named[own] != value:
+            raise ValueError(f"config gives {own} twice: {named[own]!r} and {value!r} (as {name}).")
+        named[own] = value
+    return named

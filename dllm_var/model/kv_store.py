@@ -2,8 +2,8 @@
 
 Used by the attention of `dllm_var.model.llada`; which position is stored when is decided elsewhere
 (`dllm_var.decoding.kv_policies`). Nothing here grows: a forward writes into columns of one buffer per layer and attends
-to a slice of it. Tokens that a forward needs but must not keep (slot −1) are parked in scratch columns behind the
-stored ones, where the next forward overwrites them.
+to a slice of it. Tokens that a forward needs but must not keep (slot −1) are parked behind the highest filled slot,
+where the next forward overwrites them; no one sees them after the call because their columns carry no stamp.
 
 Legend: B rows, n tokens of one call, C slots, Hkv key/value heads, d head width.
 """
@@ -35,8 +35,10 @@ class KVStore:
         config: the model's configuration.
         rows: B, the number of sequences.
         capacity: C, stored slots per row. A slot is the token's absolute position unless a policy says otherwise.
-        scratch: the largest number of slot −1 tokens in one call.
+        scratch: the largest number of slot −1 tokens of a row in one call.
         dtype: of keys and values. device: where they live.
+
+    A store is for inference: what it hands out carries no gradient to earlier calls or to this call's keys and values.
 
     Attributes:
         stamp: int32 [B, C] on the host; the step in which each slot was written, −1 while empty.
@@ -66,13 +68,18 @@ class KVStore:
         Args:
             slots: int64 [B, n] on the host; the slot of each token, −1 for a token that is only visible to this call.
             real: bool [B, n] on the host; False marks padding, which is neither stored nor seen. None: no padding.
-            step: stamped on the stored slots.
+            step: stamped on the stored slots; 0 or more.
+
+        The keys of a call are ordered: column c is slot c up to the highest slot filled in any row (this call's
+        included), then each row's passing tokens in the order they were given. A `query_mask` counts them so.
 
         Raises:
-            ValueError: rows differ from the store's, a slot lies outside it, two tokens of a row share one, or the
-                scratch room is too small.
+            ValueError: rows differ from the store's, a slot lies outside it, two tokens of a row share one, the scratch
+                room is too small, or the step is negative. Nothing is stamped then.
         """
         rows, n = slots.shape
+        if step < 0:
+            raise ValueError(f"step={step} must be 0 or more (−1 stands for an empty slot).")
         if rows != self.rows:
             raise ValueError(f"slots has {rows} rows, the key/value store holds {self.rows}.")
         if n and (int(slots.max()) >= self.capacity or int(slots.min()) < EMPTY):
@@ -84,14 +91,14 @@ class KVStore:
         if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != EMPTY)).any()):
             raise ValueError("two tokens of one row were given the same slot.")
         row = torch.arange(rows)[:, None].expand(rows, n)
-        self.stamp[row[kept], slots[kept]] = step
-
-        filled = (self.stamp != EMPTY).any(dim=0).nonzero()
-        extent = int(filled[-1]) + 1 if len(filled) else 0
         rank = passing.cumsum(dim=1) - 1
         parked = int(passing.sum(dim=1).max()) if n else 0
         if parked > self.scratch:
             raise ValueError(f"{parked} passing tokens in one call, but the store was made with scratch={self.scratch}.")
+
+        self.stamp[row[kept], slots[kept]] = step
+        filled = (self.stamp != EMPTY).any(dim=0).nonzero()
+        extent = int(filled[-1]) + 1 if len(filled) else 0
         trash = self.capacity + self.scratch
         columns = torch.where(kept, slots, torch.where(passing, extent + rank, trash))
         width = extent + parked
@@ -110,14 +117,17 @@ class KVStore:
         )
 
     def exchange(self, layer: int, key: Tensor, value: Tensor, at: Placement) -> tuple[Tensor, Tensor]:
-        """Write a call's keys and values [B, Hkv, n, d] of one layer; return all that its queries may see [B, Hkv, width, d]."""
-        for buffer, fresh in ((self.keys[layer], key), (self.values[layer], value)):
+        """Write a call's keys and values [B, Hkv, n, d] of one layer; return all its queries may see [B, Hkv, width, d].
+
+        They come back in the dtype of the call, whatever the store keeps.
+        """
+        for buffer, fresh in ((self.keys[layer], key.detach()), (self.values[layer], value.detach())):
             if at.start is not None:
                 buffer[:, :, at.start : at.start + fresh.shape[2]] = fresh
             else:
                 row = torch.arange(fresh.shape[0], device=fresh.device)[:, None]
                 buffer[row, :, at.columns] = fresh.transpose(1, 2).to(buffer.dtype)
-        return self.keys[layer][:, :, : at.width], self.values[layer][:, :, : at.width]
+        return self.keys[layer][:, :, : at.width].to(key.dtype), self.values[layer][:, :, : at.width].to(value.dtype)
 
     def keep(self, rows: Tensor) -> None:
         """Keep only the given rows (int64 indices, in their new order); the others are forgotten."""

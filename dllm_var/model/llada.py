@@ -9,13 +9,13 @@ Legend: B rows, n tokens of this call, K keys they may see, D model width, H hea
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from dllm_var.model.config import LLaDAConfig
 from dllm_var.model.kv_store import KVStore, Placement
@@ -24,7 +24,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 @dataclass
-class LLaDAOutput(ModelOutput):  # type: ignore[misc]
+class LLaDAOutput(ModelOutput):
     """What a forward returns.
 
     Attributes:
@@ -87,6 +87,8 @@ class LLaDABlock(nn.Module):
         self.ff_proj = nn.Linear(width, config.mlp_width, bias=False)
         self.up_proj = nn.Linear(width, config.mlp_width, bias=False)
         self.ff_out = nn.Linear(config.mlp_width, width, bias=False)
+        for out in (self.attn_out, self.ff_out):
+            out.writes_in_layer = layer  # type: ignore[assignment]
 
     def forward(
         self,
@@ -155,7 +157,7 @@ class LLaDAModel(nn.Module):
         h = self.transformer["wte"](input_ids)
         table = rotation(positions, self.config)
         seen: list[Tensor] = []
-        for block in self.transformer["blocks"]:  # type: ignore[union-attr]
+        for block in cast(nn.ModuleList, self.transformer["blocks"]):
             arguments = (h, table, mask, kv, at, want_attention)
             if self.gradient_checkpointing and self.training and self._gradient_checkpointing_func is not None:
                 h, weights = self._gradient_checkpointing_func(block.__call__, *arguments)
@@ -166,41 +168,45 @@ class LLaDAModel(nn.Module):
         return self.transformer["ln_f"](h), tuple(seen) if want_attention else None
 
 
-class LLaDAModelLM(PreTrainedModel):  # type: ignore[misc]
+class LLaDAModelLM(PreTrainedModel):  # type: ignore[no-untyped-call]
     """A LLaDA-family mask predictor; see `forward` for the one call that serves every use."""
 
+    config: LLaDAConfig
     config_class = LLaDAConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["LLaDABlock"]
-    _tied_weights_keys: dict[str, str] = {}  # tied weights share one tensor by construction: there is no second name
+    _no_split_modules = ["LLaDABlock"]  # noqa: RUF012
+    _tied_weights_keys = {}  # noqa: RUF012 (a tied head has no tensor of its own, so there is no second name)
+    accepts_loss_kwargs = False  # the Trainer would else take **others for a loss that knows the global token count
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
         self.model = LLaDAModel(config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal(0, 1/√fan_in) for matrices, smaller where a block writes to the stream ("mitchell", 2502.09992 code)."""
+        """Normal(0, 1/√fan_in) for matrices, smaller where a block writes to the stream ("mitchell", 2502.09992 code).
+
+        Only modules with parameters of their own get here: transformers counts one without, a block say, as done.
+        """
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            layer = getattr(module, "writes_in_layer", None)
+            share = 1 if layer is None else 2 * (layer + 1)
+            nn.init.normal_(module.weight, std=(share * module.in_features) ** -0.5)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, LLaDABlock):
-            for out in (module.attn_out, module.ff_out):
-                nn.init.normal_(out.weight, std=(2 * out.in_features * (module.layer + 1)) ** -0.5)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.transformer["wte"]
+        return cast(nn.Module, self.model.transformer["wte"])
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.transformer["wte"] = value
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.model.transformer["wte" if self.config.weight_tying else "ff_out"]
+        return cast(nn.Module, self.model.transformer["wte" if self.config.weight_tying else "ff_out"])
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: a tied head reads the embedding directly."""
@@ -217,7 +223,7 @@ class LLaDAModelLM(PreTrainedModel):  # type: ignore[misc]
         project: Callable[[Tensor, Tensor], Tensor] | None = None,
         step: int = 0,
         output_attentions: bool = False,
-        **unused: Any,
+        **others: Any,
     ) -> LLaDAOutput:
         """Logits of the given tokens under full (bidirectional) attention.
 
@@ -230,41 +236,82 @@ class LLaDAModelLM(PreTrainedModel):  # type: ignore[misc]
                 call but not kept. A slot that is written again is replaced.
             query_mask: bool [B, n, K], a further limit per query. K counts the call's n tokens; with a store the
                 stored columns come first (see `KVStore.place`).
-            logits_for: bool [B, n]; the head runs only on these M rows, in row-major order.
+            logits_for: bool [B, n], best on the host; the head runs only on these M rows, in row-major order.
             project: ``f(hidden [M, D], head weight [V, D])`` in place of the plain projection (chunked losses).
             step: stamped on the slots that are written.
             output_attentions: also return the head-mean attention of each layer.
+            others: arguments that libraries add on their own, accepted only with a value that asks for nothing.
 
         Raises:
-            ValueError: shapes or arguments that contradict each other.
+            ValueError: shapes or arguments that contradict each other, or an argument this model does not know.
         """
-        if unused.get("past_key_values") is not None or unused.get("inputs_embeds") is not None:
-            raise ValueError("past_key_values and inputs_embeds are not supported: pass kv=KVStore(...) and slots.")
-        if unused.get("labels") is not None:
-            raise ValueError("labels are not supported: a mask predictor needs a forward process, see dllm_var.diffusion.")
-        rows, n = input_ids.shape
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids {(rows, n)}.")
+        _refuse(others)
+        if positions is None:
+            positions = torch.arange(input_ids.shape[-1], device=input_ids.device)[None]
+        _check(input_ids, attention_mask, positions, slots, logits_for)
         if (kv is None) != (slots is None):
             raise ValueError("kv and slots belong together: give both or neither.")
-        if positions is None:
-            positions = torch.arange(n, device=input_ids.device)[None]
+        if kv is not None and self.training and torch.is_grad_enabled():
+            raise ValueError("kv is for inference and carries no gradient: call model.eval() or use torch.no_grad().")
         real = None if attention_mask is None else attention_mask.bool()
         if kv is not None and slots is not None:
             at = kv.place(slots.cpu(), None if real is None else real.cpu(), step)
             visible = at.visible
         else:
             at, visible = None, real
-        hidden, attentions = self.model(input_ids, positions, _combine(visible, query_mask), kv, at, output_attentions)
+        mask = _combine(visible, query_mask, (*input_ids.shape, at.width if at is not None else input_ids.shape[1]))
+        hidden, attentions = self.model(input_ids, positions, mask, kv, at, output_attentions)
         if logits_for is not None:
-            hidden = hidden[logits_for]  # [M, D]
-        logits = F.linear(hidden, self.model.head_weight) if project is None else project(hidden, self.model.head_weight)
-        return LLaDAOutput(logits=logits, attentions=attentions)
+            # A mask on the host costs no synchronisation, so it is not moved to an accelerator.
+            hidden = hidden[logits_for if logits_for.is_cpu else logits_for.to(hidden.device)]  # [M, D]
+        return LLaDAOutput(logits=self._project(hidden, project), attentions=attentions)
+
+    def _project(self, hidden: Tensor, project: Callable[[Tensor, Tensor], Tensor] | None) -> Tensor:
+        if project is not None:
+            return project(hidden, self.model.head_weight)
+        if self.config.weight_tying:
+            return F.linear(hidden, self.model.head_weight)
+        # As a module, so that what others hang on it (device placement, adapters, quantisation) takes effect.
+        return cast(Tensor, self.model.transformer["ff_out"](hidden))
 
 
-def _combine(visible: Tensor | None, query_mask: Tensor | None) -> Tensor | None:
+# Arguments of the Hugging Face calling convention, and the values that ask for nothing this model does not do.
+HARMLESS = {"use_cache": (None, False), "return_dict": (None, True), "output_hidden_states": (None, False)}
+INSTEAD = {
+    "past_key_values": "pass kv=KVStore(...) and slots",
+    "position_ids": "the argument is called positions",
+    "labels": "a mask predictor needs a forward process, see dllm_var.diffusion",
+    "use_cache": "pass kv=KVStore(...) and slots",
+}
+
+
+def _refuse(others: dict[str, Any]) -> None:
+    for name, value in others.items():
+        if value is not None and not any(value is harmless for harmless in HARMLESS.get(name, ())):
+            hint = INSTEAD.get(name, "see the arguments of LLaDAModelLM.forward")
+            raise ValueError(f"argument {name} is not supported by this model: {hint}.")
+
+
+def _check(
+    input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor, slots: Tensor | None, logits_for: Tensor | None
+) -> None:
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be [rows, tokens], got the shape {tuple(input_ids.shape)}.")
+    rows, n = input_ids.shape
+    for name, given in (("attention_mask", attention_mask), ("slots", slots), ("logits_for", logits_for)):
+        if given is not None and given.shape != input_ids.shape:
+            raise ValueError(f"{name} {tuple(given.shape)} must have the shape of input_ids {(rows, n)}.")
+    if logits_for is not None and logits_for.dtype != torch.bool:
+        raise ValueError(f"logits_for must be bool, got {logits_for.dtype}: indices would pick other rows than meant.")
+    if positions.shape not in ((rows, n), (1, n)):
+        raise ValueError(f"positions {tuple(positions.shape)} must have the shape {(rows, n)} or {(1, n)}.")
+
+
+def _combine(visible: Tensor | None, query_mask: Tensor | None, shape: tuple[int, int, int]) -> Tensor | None:
     """One bool mask [B, 1, 1 or n, K]; a query that may see nothing sees everything, so that padding cannot make NaN."""
     mask = None if visible is None else visible[:, None, None, :]
     if query_mask is not None:
+        if query_mask.shape != shape:
+            raise ValueError(f"query_mask {tuple(query_mask.shape)} must be [rows, queries, keys] = {shape} in this call.")
         mask = query_mask[:, None].bool() if mask is None else mask & query_mask[:, None].bool()
     return None if mask is None else mask | ~mask.any(-1, keepdim=True)

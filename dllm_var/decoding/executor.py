@@ -1,0 +1,107 @@
+"""The one model call of a step: columns to the device, one forward, readings back in a single transfer.
+
+Owned by `dllm_var.decoding.loop`. It holds the key/value store and the second stream of classifier-free guidance, so
+that no policy knows of either.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dllm_var.decoding.noise import keys
+from dllm_var.decoding.proposal import Measure, Proposer
+from dllm_var.decoding.state import DecodeState
+from dllm_var.decoding.step import Plan, StepView
+from dllm_var.model.kv_store import KVStore
+from dllm_var.model.llada import LLaDAModelLM
+
+
+class Executor:
+    """Runs plans on a model.
+
+    Args:
+        model: the network, in evaluation mode.
+        state: the rows that will be run.
+        scratch: None: no store; else the largest number of passing (slot −1) columns in one forward.
+        forbidden: tokens, beside the mask, that are never proposed.
+        temperature, guidance, seed: see `GenerationConfig` (guidance is `cfg_scale`).
+        measures: what the policies want to know of every wanted position, by name.
+
+    Attributes:
+        calls: forwards of the batch so far; stamped on what is stored.
+        store: the keys and values; under guidance the conditional rows first, then the unconditional ones.
+    """
+
+    def __init__(
+        self,
+        model: LLaDAModelLM,
+        state: DecodeState,
+        scratch: int | None,
+        forbidden: tuple[int, ...],
+        temperature: float,
+        guidance: float,
+        seed: int,
+        measures: Mapping[str, Measure],
+    ) -> None:
+        self.model, self.seed, self.calls = model, seed, 0
+        self.streams = 2 if guidance else 1
+        self.proposer = Proposer(state.mask, forbidden, temperature, guidance, measures)
+        self.store = None
+        if scratch is not None:
+            rows, capacity = state.rows * self.streams, state.tokens.shape[1]
+            self.store = KVStore(model.config, rows, capacity, scratch, model.dtype, model.device)
+
+    def __call__(self, plan: Plan, state: DecodeState) -> StepView:
+        """One forward over the plan's columns.
+
+        Raises:
+            ValueError: the model's logits are not numbers.
+        """
+        assert (plan.slots is None) == (self.store is None), "slots and a store belong together"
+        device = self.model.device
+        row, _ = plan.wanted.nonzero(as_tuple=True)
+        position = plan.positions[plan.wanted]  # [M]
+        key = position  # without a temperature nobody draws
+        if self.proposer.temperature:
+            key = keys(self.seed, state.request[row], state.forwards[row], position)
+        key, row, position = torch.stack((key, row, position)).to(device, non_blocking=True)
+        ids, positions = torch.stack((plan.ids, plan.positions)).to(device, non_blocking=True)
+        if self.streams == 2:
+            prompt = (plan.positions < state.prompt[:, None]).to(device)
+            ids = torch.cat((ids, ids.masked_fill(prompt, state.mask)))
+        padded = not bool(plan.real.all())
+        # The store and the wanted rows are indexed by what lies on the host: a mask on the device would cost a
+        # synchronisation each.
+        out = self.model(
+            input_ids=ids,
+            positions=self._twice(positions),
+            attention_mask=self._twice(plan.real.to("cpu" if self.store else device)) if padded else None,
+            kv=self.store,
+            slots=None if plan.slots is None else self._twice(plan.slots),
+            query_mask=None if plan.query_mask is None else self._twice(plan.query_mask.to(device)),
+            logits_for=self._twice(plan.wanted),
+            project=partial(self.proposer, keys=key, rows=row, positions=position),
+            step=self.calls,
+            output_attentions=plan.attention,
+        )
+        self.calls += 1
+        readings = out.logits.cpu()  # the only transfer from device to host
+        attentions = None if out.attentions is None else tuple(a[: state.rows] for a in out.attentions)
+        view = StepView.build(state, plan, readings, tuple(self.proposer.measures), attentions)
+        if not bool(view.confidence.isfinite().all()):
+            raise ValueError(
+                f"the model's logits are not numbers (NaN or infinite) in forward {self.calls}: its weights are damaged, or "
+                f"{self.model.dtype} is too narrow for them. Check the checkpoint, or load it with dtype=torch.float32."
+            )
+        return view
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only the given rows (int64 indices) of the store, in both streams."""
+        if self.store is not None:
+            both = [rows + stream * (self.store.rows // self.streams) for stream in range(self.streams)]
+            self.store.keep(torch.cat(both))
+
+    def _twice(self, array: Tensor) -> Tensor:
+        return array if self.streams == 1 else torch.cat((array, array))

@@ -1,0 +1,162 @@
+"""The one decode loop. Every method is a choice of four policies; none has a loop of its own.
+
+    length.before → kv.plan → selector.extend → forward → score → select → length.adjust → apply → observe → length.after
+
+Called by `dllm_var.generation` and by exported checkpoints (`decode`). Policies see a `StepView`, return an `Action`, and
+touch neither the model nor each other.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dllm_var.decoding.config import METHODS, GenerationConfig
+from dllm_var.decoding.executor import Executor
+from dllm_var.decoding.kv_policies import BlockCommit, KVPolicy, Recompute
+from dllm_var.decoding.length_policies import EosBlocks, Fixed, LengthPolicy
+from dllm_var.decoding.proposal import Measure
+from dllm_var.decoding.results import Event, Generation, events
+from dllm_var.decoding.scorers import Confidence, DecidedLast, Random, Scorer
+from dllm_var.decoding.selectors import Schedule, Selector, Threshold
+from dllm_var.decoding.state import LIVE, DecodeState
+from dllm_var.model.llada import LLaDAModelLM
+from dllm_var.text.special_tokens import SpecialTokens
+
+
+@dataclass(frozen=True)
+class Policies:
+    """A decoding method: how long, what is recomputed, in which order, how many."""
+
+    length: LengthPolicy
+    kv: KVPolicy
+    scorer: Scorer
+    selector: Selector
+
+    @property
+    def measures(self) -> Mapping[str, Measure]:
+        """What the policies want measured at every wanted position."""
+        return {**self.scorer.measures, **self.selector.measures, **self.length.measures}
+
+
+def compose(config: GenerationConfig, special: SpecialTokens) -> Policies:
+    """The policies that a configuration stands for."""
+    lengths = {"eos_blocks": EosBlocks, "fixed": Fixed}
+    length = lengths[METHODS[config.method].length](config.block_length, special.stop, config.early_stop)
+    kv = BlockCommit(config.block_length) if config.cache == "block_commit" else Recompute()
+    scorer: Scorer = Random(config.seed) if config.remasking == "random" else Confidence()
+    if config.confidence_eos_eot_inf:
+        scorer = DecidedLast(scorer, special.stop)
+    selector: Selector
+    if config.threshold is not None:
+        selector = Threshold(config.threshold, METHODS[config.method].inclusive)
+    else:
+        assert config.steps is not None
+        selector = Schedule(config.steps, config.blocks)
+    return Policies(length, kv, scorer, selector)
+
+
+class DecodeLoop:
+    """A batch of prompts on their way to answers.
+
+    Args:
+        model: the network, in evaluation mode.
+        special: mask, EOS and stop tokens of the model.
+        config: how to decode.
+        prompts: token ids, of any lengths; an empty prompt is allowed.
+        requests: a number for each prompt, its name in events and its key for random draws; default 0, 1, ….
+        policies: other policies than those of `compose` (research, tests).
+
+    Raises:
+        ValueError: a prompt with ids that the model does not have, or too long for the model.
+    """
+
+    def __init__(
+        self,
+        model: LLaDAModelLM,
+        special: SpecialTokens,
+        config: GenerationConfig,
+        prompts: Sequence[Sequence[int]],
+        requests: Sequence[int] | None = None,
+        policies: Policies | None = None,
+    ) -> None:
+        requests = range(len(prompts)) if requests is None else requests
+        if len(set(requests)) != len(prompts) or len(requests) != len(prompts):
+            raise ValueError(f"requests={list(requests)} must be {len(prompts)} different numbers, one for each prompt.")
+        _check_prompts(prompts, model, config)
+        self.special = special
+        self.policies = compose(config, special) if policies is None else policies
+        context = model.config.max_sequence_length
+        self.state = DecodeState.begin(prompts, requests, special.mask, config.response_limit, context)
+        self.executor = Executor(
+            model,
+            self.state,
+            scratch=self.policies.kv.scratch,
+            forbidden=(special.eos,) if config.logits_eos_inf else (),
+            temperature=config.temperature,
+            guidance=config.cfg_scale,
+            seed=config.seed,
+            measures=self.policies.measures,
+        )
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One forward of all live rows and what follows from it: one event per row. Finished rows leave the batch."""
+        length, kv, scorer, selector = (getattr(self.policies, name) for name in ("length", "kv", "scorer", "selector"))
+        state = self.state
+        length.before(state)
+        plan = selector.extend(kv.plan(state), state)
+        view = self.executor(plan, state)
+        action = selector.select(view, scorer(view))
+        assert bool((action.commit.any(1) | ~view.eligible.any(1)).all()), "every row with an eligible mask makes progress"
+        assert not bool((action.commit & ~view.eligible).any()), "only eligible columns are committed"
+        action = length.adjust(action, view)
+        action.apply(view)
+        state.count_forward(plan.real.sum(1) * self.executor.streams)
+        selector.observe(view, action)
+        kv.observe(view, action)
+        length.after(state)
+        made = events(state, view, action, self.special)
+        self._retire()
+        return made
+
+    def __iter__(self) -> Iterator[Event]:
+        """All events until every row is done."""
+        while self.state.rows:
+            yield from self.step()
+
+    def _retire(self) -> None:
+        live = (self.state.stop == LIVE).nonzero()[:, 0]
+        if len(live) < self.state.rows:
+            self.executor.keep(live)
+            self.state.keep(live)
+
+
+def decode(
+    model: LLaDAModelLM,
+    special: SpecialTokens,
+    config: GenerationConfig,
+    prompts: Sequence[Sequence[int]],
+    requests: Sequence[int] | None = None,
+) -> list[Generation]:
+    """The answers to token-id prompts, in their order; see `DecodeLoop` for the arguments."""
+    loop = DecodeLoop(model, special, config, prompts, requests)
+    order = loop.state.request.tolist()
+    results = {event.request: event.result for event in loop if event.result is not None}
+    return [results[request] for request in order]
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], model: LLaDAModelLM, config: GenerationConfig) -> None:
+    vocabulary, context = model.config.embedding_rows, model.config.max_sequence_length
+    fixed = METHODS[config.method].length == "fixed"
+    for number, ids in enumerate(prompts):
+        odd = next((i for i in ids if not 0 <= i < vocabulary), None)
+        if odd is not None:
+            raise ValueError(f"prompt {number} holds the id {odd}, but the model has the ids 0..{vocabulary - 1}.")
+        needed = len(ids) + (config.gen_length if fixed else 1)
+        if needed > context:
+            what = f"with gen_length={config.gen_length} it needs" if fixed else "an answer of one token needs"
+            raise ValueError(
+                f"prompt {number} has {len(ids)} tokens: {what} {needed} positions, but the model's context is {context}. "
+                f"Shorten the prompt{' or lower gen_length' if fixed else ''}."
+            )

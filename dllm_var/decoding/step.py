@@ -1,0 +1,136 @@
+"""What the parts of one step tell each other: `Plan` (what to compute), `StepView` (what came of it), `Action` (what to do).
+
+Made and read by the policies (`scorers`, `selectors`, `kv_policies`, `length_policies`) and carried by the loop. All of it
+lies on the host except `StepView.attentions`.
+
+Legend: B rows, n active positions (columns of one forward, right-padded), w wanted columns (those with logits,
+right-padded), K keys.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dllm_var.decoding.state import DecodeState
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The columns of one forward.
+
+    Attributes:
+        positions: int64 [B, n], the canvas position of each column.
+        ids: int64 [B, n], the token fed at each column.
+        real: bool [B, n], False for padding.
+        wanted: bool [B, n], the columns whose logits are needed.
+        slots: int64 [B, n], where keys and values are stored, −1 for nowhere; None: no store takes part.
+        query_mask: bool [B, n, K], a further limit on what each column sees.
+        attention: whether the head-mean attention of each layer is wanted.
+    """
+
+    positions: Tensor
+    ids: Tensor
+    real: Tensor
+    wanted: Tensor
+    slots: Tensor | None = None
+    query_mask: Tensor | None = None
+    attention: bool = False
+
+    @classmethod
+    def span(cls, state: DecodeState, start: Tensor, end: Tensor) -> "Plan":
+        """Each row's canvas from `start` up to `end` (int64 [B]); logits for the masked positions of its window."""
+        positions = start[:, None] + torch.arange(int((end - start).max()))  # [B, n]
+        real = positions < end[:, None]
+        positions = positions.masked_fill(~real, 0)
+        wanted = real & state.window().gather(1, positions)
+        return cls(positions=positions, ids=state.tokens.gather(1, positions), real=real, wanted=wanted)
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What a forward showed, one column for each wanted column of the plan, in its order (ascending positions).
+
+    Everything here was computed in this very step. A column is *eligible* when its position is masked and in the window;
+    a selector that asked for more (a shadow of a decided token, say) finds it as a column that is not eligible.
+
+    Attributes:
+        state: the rows, before this step's action.
+        positions: int64 [B, w], canvas positions; 0 in padding.
+        real: bool [B, w], False for padding.
+        eligible: bool [B, w], the columns that may be committed.
+        ids: int64 [B, w], the proposed token; never the mask.
+        confidence: float32 [B, w], its probability (temperature 1, before any prior).
+        measures: further numbers per column [B, w] float32, those that a policy asked for by name.
+        attentions: per layer [B, n, K] on the model's device, when the plan wanted them.
+    """
+
+    state: DecodeState
+    positions: Tensor
+    real: Tensor
+    eligible: Tensor
+    ids: Tensor
+    confidence: Tensor
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
+    attentions: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def build(
+        cls,
+        state: DecodeState,
+        plan: Plan,
+        readings: Tensor,
+        names: tuple[str, ...] = (),
+        attentions: tuple[Tensor, ...] | None = None,
+    ) -> "StepView":
+        """From the packed readings int32 [2 + len(names), M] of the M wanted columns, see `dllm_var.decoding.proposal`."""
+        counts = plan.wanted.sum(1)
+        real = torch.arange(int(counts.max())) < counts[:, None]  # [B, w]
+
+        def spread(flat: Tensor) -> Tensor:
+            return torch.zeros(real.shape, dtype=flat.dtype).masked_scatter_(real, flat)
+
+        positions = spread(plan.positions[plan.wanted])
+        numbers = [spread(row.view(torch.float32)) for row in readings[1:]]
+        return cls(
+            state=state,
+            positions=positions,
+            real=real,
+            eligible=real & state.window().gather(1, positions),
+            ids=spread(readings[0].long()),
+            confidence=numbers[0],
+            measures=dict(zip(names, numbers[1:], strict=True)),
+            attentions=attentions,
+        )
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a step changes.
+
+    Attributes:
+        commit: bool [B, w], the columns whose proposed token is fixed; a subset of the eligible ones.
+        remask: bool [B, w], the columns whose decided token is taken back.
+        insert_at: int64 [B], per row a masked position that is widened to ``insert_count + 1`` masks; −1 for none.
+        insert_count: how many masks each insertion adds.
+    """
+
+    commit: Tensor
+    remask: Tensor | None = None
+    insert_at: Tensor | None = None
+    insert_count: int = 0
+
+    def apply(self, view: StepView) -> None:
+        """Change the rows of the view: first take tokens back, then commit, then widen masks."""
+        state = view.state
+        if self.remask is not None:
+            state.remask(*_cells(view, self.remask))
+        state.commit(*_cells(view, self.commit), view.ids[self.commit], view.confidence[self.commit])
+        if self.insert_at is not None:
+            state.insert(self.insert_at, self.insert_count)
+
+
+def _cells(view: StepView, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and canvas position of the chosen columns."""
+    return chosen.nonzero()[:, 0], view.positions[chosen]

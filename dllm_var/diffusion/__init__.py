@@ -1,0 +1,1 @@
+"""How a mask predictor is trained: the forward process, packing and the objective, as pure functions and small objects."""

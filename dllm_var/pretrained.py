@@ -1,0 +1,102 @@
+"""A model with its tokenizer and control tokens, opened by name or folder.
+
+Called by users, the demo and `evaluation/` through `dllm_var.load_pretrained`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dllm_var.model.checkpoint import load_config, load_model
+from dllm_var.model.llada import LLaDAModelLM
+from dllm_var.text.chat import Message, render_prompt
+from dllm_var.text.special_tokens import SpecialTokens, resolve
+from dllm_var.text.tokenizer import load_tokenizer
+
+BUNDLED = "tiny"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# What is fetched from the hub: data only, so no remote code ever reaches this machine.
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
+
+Prompt = str | Sequence[Message] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What is needed to answer: the network, its tokenizer (None: ids only) and its control tokens."""
+
+    model: LLaDAModelLM
+    tokenizer: PreTrainedTokenizerBase | None
+    special: SpecialTokens
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: a question, a list of messages (both rendered as a chat), or ids as they are.
+
+        Raises:
+            ValueError: text without a tokenizer, or messages that cannot be rendered.
+        """
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        ids = [part for part in prompt if not isinstance(part, dict)]
+        if len(ids) == len(prompt):
+            return [int(i) for i in ids]
+        messages = [part for part in prompt if isinstance(part, dict)]
+        if ids:
+            raise ValueError("a prompt is either text, or a list of messages, or a list of token ids, not a mixture.")
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: give prompts as token ids.")
+        return render_prompt(self.tokenizer, messages)
+
+
+def load_pretrained(
+    name_or_folder: str | Path = BUNDLED, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Pretrained:
+    """Open a LLaDA-format model for inference.
+
+    Args:
+        name_or_folder: "tiny" for the bundled model, a folder, or the name of a model on the Hugging Face hub
+            (``owner/name``). Only a hub name uses the network, and only if no such path exists here.
+        dtype: of the weights; default float32 on the CPU (where bfloat16 is several times slower), else as stored.
+        device: default the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: no such folder or hub model, a folder that is no checkpoint, a tokenizer that does not fit, or too
+            little memory.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = resolve_folder(name_or_folder)
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    load_config(folder)  # says first whether the folder is a checkpoint at all
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, dtype=dtype, device=device)
+    return Pretrained(model, tokenizer, resolve(tokenizer, model.config))
+
+
+def resolve_folder(name_or_folder: str | Path) -> Path:
+    """The local folder that a name stands for; fetches a hub model.
+
+    Raises:
+        ValueError: nothing of that name here, or on the hub.
+    """
+    name = str(name_or_folder)
+    if name == BUNDLED:
+        return Path(str(files("dllm_var") / "bundled" / BUNDLED))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    # A first part that exists here makes it a mistyped path rather than somebody's name on the hub.
+    if not HUB_NAME.fullmatch(name) or folder.parent.exists():
+        raise ValueError(f"model {name!r} is no folder: give {BUNDLED!r}, a checkpoint folder, or a hub name (owner/name).")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # network, access rights, no such model: the library raises a dozen kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"model {name!r} is no folder here and could not be had from the hub: {reason}") from error

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: the entry point is ``sft.py``."""

@@ -1,0 +1,125 @@
+"""From settings to parts: tokenizer, model, stream of rows, and how many processes share the work.
+
+Called by ``sft.py`` and ``dataset/inspect_rows.py``.
+"""
+
+import atexit
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dllm_var.model.checkpoint import load_config, load_model
+from dllm_var.model.llada import LLaDAModelLM
+from dllm_var.pretrained import resolve_folder
+from dllm_var.text.special_tokens import SpecialTokens, resolve
+from dllm_var.text.tokenizer import load_tokenizer
+from sft_training.config import SftConfig, packer_of
+from sft_training.data import Collate, RowStream
+from sft_training.samples import SampleFiles, find_files
+
+
+def shape_folder(config: SftConfig) -> Path:
+    """The folder whose config.json says the model's shape.
+
+    Raises:
+        ValueError: no such folder.
+    """
+    section = config.model
+    return Path(str(section.config)) if section.from_scratch else resolve_folder(str(section.path))
+
+
+def open_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, SpecialTokens]:
+    """Tokenizer and control tokens of the run, checked against the model's config before any weight is read."""
+    folder = shape_folder(config)
+    tokenizer = load_tokenizer(config.model.tokenizer or folder)
+    return tokenizer, resolve(tokenizer, load_config(folder))
+
+
+def build_model(config: SftConfig) -> LLaDAModelLM:
+    """The model to train, float32: loaded, or new with weights drawn from training.seed."""
+    if config.model.from_scratch:
+        torch.manual_seed(config.training.seed)
+        return LLaDAModelLM(load_config(shape_folder(config))).float()
+    return load_model(shape_folder(config), torch.float32)
+
+
+def compile_network(model: LLaDAModelLM) -> None:
+    """Compile the network in place; names of weights stay as they are.
+
+    The compiler's cache is new for every start unless the environment names one: a run that is killed while it compiles
+    leaves half a library in it, at which every later run would fail.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        cache = tempfile.TemporaryDirectory(prefix="sft-compiled-")
+        atexit.register(cache.cleanup)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
+    model.model.compile(dynamic=False)
+
+
+def world_size() -> int:
+    """Processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_processes(expected: int | None) -> None:
+    """Compare the number of processes with the one that was asked for: launchers start a single one without a word.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if expected is not None and world_size() != expected:
+        raise ValueError(
+            f"training.expect_processes={expected}, but the launcher started {world_size()} process(es). On a machine "
+            "without GPUs use sft_training/run_cpu.sh or torchrun --nproc_per_node."
+        )
+
+
+def rows_per_step(config: SftConfig) -> int:
+    """Rows of an optimizer step over all processes."""
+    return config.training.local_batch_size * config.training.grad_accum_steps * world_size()
+
+
+def build_samples(option: str, given: Any, vocabulary: int, special: SpecialTokens) -> SampleFiles:
+    """The samples in the files that a setting names."""
+    return SampleFiles(find_files(option, given), vocabulary=vocabulary, mask_id=special.mask)
+
+
+def build_stream(config: SftConfig, vocabulary: int, special: SpecialTokens) -> RowStream:
+    """The global stream of packed rows."""
+    section = config.dataset
+    return RowStream(
+        build_samples("dataset.files", section.files, vocabulary, special),
+        config.view_settings(),
+        packer_of(config, special.pad),
+        seed=config.training.seed,
+        epochs=section.epochs,
+        shuffle_seed=section.shuffle_seed if section.shuffle else None,
+        rows_per_step=rows_per_step(config),
+    )
+
+
+def training_steps(config: SftConfig, vocabulary: int, special: SpecialTokens) -> int:
+    """training.max_steps, or as many as dataset.epochs passes over the data give (found by packing them once).
+
+    Raises:
+        ValueError: not even one step.
+    """
+    if config.training.max_steps is not None:
+        return config.training.max_steps
+    stream = build_stream(config, vocabulary, special)
+    rows = sum(1 for _ in stream)
+    if rows == 0:
+        raise ValueError(
+            f"dataset.epochs={config.dataset.epochs} gives {stream.left_over} rows, fewer than the {rows_per_step(config)} "
+            "of one optimizer step: lower training.local_batch_size or grad_accum_steps, or raise dataset.epochs."
+        )
+    return rows // rows_per_step(config)
+
+
+def build_collate(config: SftConfig, special: SpecialTokens) -> Collate:
+    """What turns rows into corrupted micro-batches."""
+    return Collate(config.process_settings(), seed=config.training.seed, mask_id=special.mask, stop=special.stop)

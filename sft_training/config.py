@@ -1,0 +1,216 @@
+"""What a training run can be told: typed sections, checked as a whole before any model is loaded.
+
+Read by everything in this folder, through ``overrides.py``. The values and what they mean stand in ``configs/sft.yaml``;
+here are their types, and the rules between them that types cannot say.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from dllm_var.diffusion.corruption import ForwardProcess
+from dllm_var.diffusion.decoding_view import DecodingView
+from dllm_var.diffusion.objective import LOSSES
+from dllm_var.diffusion.packing import Packer
+
+SCHEDULES = ("linear", "constant", "wsd")
+OPTIMIZERS = ("adamw", "muon")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass
+class ModelSection:
+    path: Optional[str] = "tiny"  # noqa: UP045 (OmegaConf on Python 3.10 wants this spelling)
+    from_scratch: bool = False
+    config: Optional[str] = None  # noqa: UP045
+    tokenizer: Optional[str] = None  # noqa: UP045
+    final_dtype: str = "fp32"
+
+
+@dataclass
+class DatasetSection:
+    files: Any = None
+    epochs: Optional[int] = None  # noqa: UP045
+    shuffle: bool = True
+    shuffle_seed: int = 42
+
+
+@dataclass
+class PackingSection:
+    max_length: int = 1024
+    mode: str = "whole"
+    open_rows: int = 8
+    single_share: float = 0.0
+
+
+@dataclass
+class ViewSection:
+    tail_share: float = 0.0
+    tail_max: int = 0
+    block_share: float = 0.0
+    block_lengths: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
+
+
+@dataclass
+class ForwardSection:
+    t_min: float = 0.1
+    t_max: float = 0.9
+    t_per: str = "row"
+    always_mask_eos: bool = True
+
+
+@dataclass
+class LossSection:
+    name: str = "plain_mean"
+    chunk: int = 1024
+
+
+@dataclass
+class PrecisionSection:
+    dtype: str = "auto"
+
+
+@dataclass
+class TrainingSection:
+    max_steps: Optional[int] = None  # noqa: UP045
+    local_batch_size: int = 2
+    grad_accum_steps: int = 4
+    optimizer: str = "adamw"
+    learning_rate: float = 2.5e-5
+    schedule: str = "linear"
+    warmup_steps: int = 50
+    decay_steps: int = 0
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    seed: int = 42
+    logging_steps: int = 1
+    save_steps: int = 4000
+    save_total_limit: Optional[int] = 10  # noqa: UP045
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    device: str = "auto"
+    threads: Optional[int] = None  # noqa: UP045
+    expect_processes: Optional[int] = None  # noqa: UP045
+    trace_rows: bool = False
+
+
+@dataclass
+class ValidationSection:
+    files: Any = None
+    every: int = 500
+    samples: int = 64
+    decodes: int = 16
+    block_length: int = 32
+    threshold: float = 0.9
+    max_gen_length: int = 256
+    seed: int = 0
+
+
+@dataclass
+class SftConfig:
+    """The whole of ``configs/sft.yaml``, section by section."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    dataset: DatasetSection = field(default_factory=DatasetSection)
+    packing: PackingSection = field(default_factory=PackingSection)
+    view: ViewSection = field(default_factory=ViewSection)
+    forward_process: ForwardSection = field(default_factory=ForwardSection)
+    loss: LossSection = field(default_factory=LossSection)
+    precision: PrecisionSection = field(default_factory=PrecisionSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    validation: ValidationSection = field(default_factory=ValidationSection)
+    output_dir: str = "outputs/sft"
+    resume: str = "auto"
+
+    def view_settings(self) -> DecodingView:
+        """The settings of the decoding view, checked."""
+        return DecodingView(**{**vars(self.view), "block_lengths": tuple(self.view.block_lengths)})
+
+    def process_settings(self) -> ForwardProcess:
+        """The settings of the forward process, checked."""
+        return ForwardProcess(**vars(self.forward_process))
+
+
+def check(config: SftConfig) -> None:
+    """The rules between settings.
+
+    Raises:
+        ValueError: naming option, value and fix.
+    """
+    config.view_settings()
+    config.process_settings()
+    Packer(**_packing(config))
+    _choice("loss.name", config.loss.name, LOSSES)
+    _choice("precision.dtype", config.precision.dtype, PRECISIONS)
+    _choice("model.final_dtype", config.model.final_dtype, ("fp32", "bf16"))
+    training = config.training
+    _choice("training.optimizer", training.optimizer, OPTIMIZERS)
+    _choice("training.schedule", training.schedule, SCHEDULES)
+    _choice("training.device", training.device, ("auto", "cpu"))
+    for name in ("local_batch_size", "grad_accum_steps", "logging_steps", "save_steps"):
+        _at_least(f"training.{name}", getattr(training, name), 1)
+    for name in ("max_steps", "threads", "expect_processes", "save_total_limit"):
+        if getattr(training, name) is not None:
+            _at_least(f"training.{name}", getattr(training, name), 1)
+    for name in ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm"):
+        _at_least(f"training.{name}", getattr(training, name), 0)
+    for name in ("every", "samples", "block_length", "max_gen_length"):
+        _at_least(f"validation.{name}", getattr(config.validation, name), 1)
+    if config.dataset.epochs is not None:
+        _at_least("dataset.epochs", config.dataset.epochs, 1)
+    if training.max_steps is None and config.dataset.epochs is None:
+        raise ValueError("training.max_steps and dataset.epochs are both null: say when training ends with one of them.")
+    if (training.schedule == "wsd") != (training.decay_steps > 0):
+        raise ValueError(
+            f"training.schedule={training.schedule!r} with training.decay_steps={training.decay_steps}: wsd needs "
+            "decay_steps >= 1, the other schedules decay_steps=0."
+        )
+    if len(training.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in training.betas):
+        raise ValueError(f"training.betas={training.betas}: give two numbers in [0, 1).")
+    _check_model(config)
+
+
+def _check_model(config: SftConfig) -> None:
+    model = config.model
+    if config.dataset.files is None:
+        raise ValueError(
+            "dataset.files is not set: give one tokenised JSON Lines file, a glob or a list of them "
+            "(dataset/transfer_text2token.py writes such files)."
+        )
+    if model.from_scratch:
+        if model.config is None:
+            raise ValueError("model.from_scratch=true needs model.config=FOLDER with the config.json of the new model.")
+        if model.path is not None:
+            raise ValueError(f"model.from_scratch=true starts from random weights: set model.path=null (is {model.path!r}).")
+        if model.tokenizer is None:
+            raise ValueError("model.from_scratch=true needs model.tokenizer=FOLDER with the tokenizer of the data.")
+    elif model.path is None:
+        raise ValueError("model.path is null: give a checkpoint folder or 'tiny', or set model.from_scratch=true.")
+    elif model.config is not None:
+        raise ValueError(f"model.config={model.config!r} only goes with model.from_scratch=true: a checkpoint has its own.")
+
+
+def packer_of(config: SftConfig, pad_id: int) -> Packer:
+    """An empty packer with the configured settings."""
+    return Packer(**_packing(config), pad_id=pad_id)
+
+
+def _packing(config: SftConfig) -> dict[str, Any]:
+    section = config.packing
+    return {
+        "length": section.max_length,
+        "mode": section.mode,
+        "open_rows": section.open_rows,
+        "single_share": section.single_share,
+        "seed": config.training.seed,
+    }
+
+
+def _choice(name: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(valid)}.")
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ValueError(f"{name}={value}: must be at least {low}.")

@@ -1,0 +1,79 @@
+"""From composed YAML and command-line overrides to typed settings; an unknown key is an error that lists the known ones.
+
+Called by ``sft.py`` and ``dataset/inspect_rows.py``. Hydra alone accepts ``+training.foo=1`` without a word, and its message
+for a mistyped key names no other.
+"""
+
+import difflib
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sft_training.config import SftConfig, check
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def typed(config: DictConfig) -> SftConfig:
+    """The composed configuration as typed sections, every rule checked.
+
+    Raises:
+        ValueError: an unknown key (with the list of valid ones), a value of the wrong type, or settings that contradict.
+    """
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    _refuse_unknown(plain, SftConfig, "")
+    try:
+        built = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SftConfig), plain))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}") from error
+    assert isinstance(built, SftConfig)
+    check(built)
+    return built
+
+
+def check_overrides(arguments: list[str]) -> None:
+    """Look at command-line overrides before Hydra does, because its message for a mistyped key lists nothing.
+
+    Raises:
+        ValueError: a key that no section has, with the valid ones.
+    """
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    settings = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    for override in OverridesParser.create().parse_overrides(settings):
+        key = override.key_or_group
+        chosen_group = key in groups and not isinstance(override.value(), dict)
+        if key.split(".")[0] == "hydra" or "/" in key or chosen_group:
+            continue
+        node: Any = SftConfig
+        for depth, part in enumerate(key.split(".")):
+            if not is_dataclass(node) or part not in get_type_hints(node):
+                raise _unknown(key, node, ".".join(key.split(".")[:depth]), part)
+            node = get_type_hints(node)[part]
+
+
+def _refuse_unknown(values: dict[Any, Any], section: Any, path: str) -> None:
+    hints = get_type_hints(section)
+    for key, value in values.items():
+        full = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            raise _unknown(full, section, path, str(key))
+        if is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                valid = ", ".join(f.name for f in fields(hints[key]))
+                raise ValueError(f"config key {full}={value!r} is a section: set one of its keys ({valid}).")
+            _refuse_unknown(value, hints[key], full)
+
+
+def _unknown(key: str, section: Any, path: str, part: str) -> ValueError:
+    where = f"{path}." if path else ""
+    if not is_dataclass(section):
+        return ValueError(f"config key {key} does not exist: {path} holds a value, not a section.")
+    valid = [f.name for f in fields(section)]
+    near = difflib.get_close_matches(part, valid, n=1)
+    hint = f" Did you mean {where}{near[0]}?" if near else ""
+    return ValueError(f"config key {key} does not exist.{hint} Valid keys of {path or 'the config'}: {', '.join(valid)}.")

@@ -1,0 +1,129 @@
+"""What a run leaves for people: progress bar, metrics.jsonl, the loss curve, run.json and the resolved configuration.
+
+Called by ``sft.py``; only the first process writes.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sft_training.data import Counts
+
+METRICS_FILE = "metrics.jsonl"
+CURVE_FILE = "loss.png"
+RUN_FILE = "run.json"
+
+
+class Recorder(TrainerCallback):
+    """Progress bar, one JSON line per log line, and the loss curve at every checkpoint and at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        if state.is_world_process_zero:
+            drop_later_lines(self.folder / METRICS_FILE, state.global_step)
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **others: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        append_metrics(self.folder, state.global_step, logs)
+        if self.bar is not None and "loss" in logs:
+            shown = {"loss": f"{logs['loss']:.4f}", "lr": f"{logs['learning_rate']:.2e}", "epoch": f"{logs['epoch']:.2f}"}
+            self.bar.set_postfix(shown)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        if state.is_world_process_zero:
+            draw_curve(self.folder)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+            draw_curve(self.folder)
+
+
+class RunFile(TrainerCallback):
+    """Writes run.json when everything is built and nothing has been trained yet."""
+
+    def __init__(self, folder: Path, facts: Callable[[], dict[str, Any]]) -> None:
+        self.folder, self.facts = folder, facts
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        if state.is_world_process_zero:
+            write_run(self.folder, self.facts())
+
+
+def trace_rows(folder: Path, rank: int, counts: Counts) -> None:
+    """Note which rows and samples a rank trained on in one micro-batch (training.trace_rows)."""
+    with (folder / f"rows-rank{rank}.jsonl").open("a", encoding="utf-8") as out:
+        out.write(json.dumps({"rows": counts.rows, "samples": counts.samples}) + "\n")
+
+
+def append_metrics(folder: Path, step: int, values: dict[str, Any]) -> None:
+    """Add a line to metrics.jsonl."""
+    with (folder / METRICS_FILE).open("a", encoding="utf-8") as out:
+        out.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl so far."""
+    file = folder / METRICS_FILE
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def drop_later_lines(file: Path, step: int) -> None:
+    """Forget what a run noted after the checkpoint from which it goes on, so that no step stands there twice."""
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def draw_curve(folder: Path) -> None:
+    """The training loss, and the fixed-noise validation loss where there is one, over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_metrics(folder)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for key, label in (("loss", "training"), ("eval_loss", "validation, fixed noise")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.0)
+    axes.set(xlabel="step", ylabel="cross-entropy per masked token", ylim=(0, None))
+    if axes.lines:
+        axes.legend()
+    figure.savefig(folder / CURVE_FILE, dpi=120)
+    pyplot.close(figure)
+
+
+def write_run(folder: Path, facts: dict[str, Any]) -> None:
+    """run.json: the settings as they act; what stands there from before stays unless it is said anew."""
+    file = folder / RUN_FILE
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    stamp = {"updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "torch": torch.__version__}
+    file.write_text(json.dumps({**known, **facts, **stamp}, indent=2) + "\n", encoding="utf-8")
+
+
+def write_config(folder: Path, resolved: dict[str, Any]) -> None:
+    """config.yaml: every setting, defaults included, as it was after all overrides."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,0 +1,91 @@
+"""The rows of a batch: blocks, commits, and what happens to them when masks are inserted or rows leave."""
+
+import pytest
+import torch
+
+from dllm_var.decoding.state import DecodeState
+
+MASK = 11
+
+
+def _state(prompts: list[list[int]], room: int = 6, context: int = 64) -> DecodeState:
+    return DecodeState.begin(prompts, range(len(prompts)), MASK, room, context)
+
+
+def _commit(state: DecodeState, row: int, position: int, token: int) -> None:
+    state.commit(torch.tensor([row]), torch.tensor([position]), torch.tensor([token]), torch.tensor([0.5]))
+
+
+def test_a_fresh_row_is_its_prompt_and_room_for_the_answer() -> None:
+    state = _state([[1, 2, MASK], [4]])
+    assert state.tokens.tolist()[0][:3] == [1, 2, MASK]
+    assert state.masked.tolist()[0] == [False] * 3 + [True] * 6  # a mask id in a prompt is no masked position
+    assert state.limit.tolist() == [9, 7]
+    assert not bool(state.window().any())
+
+
+def test_the_context_of_the_model_bounds_every_row() -> None:
+    assert _state([[1] * 3, [1] * 8], room=6, context=10).limit.tolist() == [9, 10]
+
+
+def test_blocks_follow_each_other_and_the_last_one_may_be_short() -> None:
+    state = _state([[1, 2], [1, 2, 3]], room=5)
+    both = torch.tensor([True, True])
+    state.open_block(both, 3)
+    assert (state.block_start.tolist(), state.block_end.tolist()) == ([2, 3], [5, 6])
+    state.open_block(torch.tensor([True, False]), 3)
+    assert (state.block_start.tolist(), state.block_end.tolist()) == ([5, 3], [7, 6])
+    assert (state.block_index.tolist(), state.end.tolist()) == ([1, 0], [7, 6])
+
+
+def test_settled_and_stopped_count_positions_of_the_response_only() -> None:
+    state = _state([[1, 9, 1]], room=4)
+    assert (int(state.settled()), int(state.stopped([9]))) == (3, 7)
+    _commit(state, 0, 5, 9)
+    assert (int(state.settled()), int(state.stopped([9, 10]))) == (3, 5)
+    assert int(state.stopped([])) == 7
+
+
+def test_a_token_taken_back_leaves_no_trace() -> None:
+    state = _state([[1]])
+    before = {name: value.clone() for name, value in vars(state).items() if isinstance(value, torch.Tensor)}
+    _commit(state, 0, 3, 7)
+    assert not bool(state.masked[0, 3])
+    state.remask(torch.tensor([0]), torch.tensor([3]))
+    for name in ("tokens", "masked", "step", "block"):
+        assert torch.equal(getattr(state, name), before[name])
+
+
+def test_an_insertion_moves_what_lies_behind_it_and_nothing_else() -> None:
+    state = _state([[1, 2], [3]], room=8)
+    state.limit = torch.tensor([6, 5])  # room for the insertion
+    state.end = state.limit
+    for row, position, token in ((0, 2, 4), (0, 4, 5), (1, 2, 6)):
+        _commit(state, row, position, token)
+    state.notes["mine"] = torch.arange(20).view(2, 10)
+    state.notes["per_row"] = torch.tensor([1.0, 2.0])
+    state.insert(torch.tensor([3, -1]), 2)
+    assert state.tokens[0].tolist() == [1, 2, 4, MASK, MASK, MASK, 5, MASK, MASK, MASK]
+    assert state.masked[0].tolist() == [False, False, False, True, True, True, False, True, True, True]
+    assert state.step[0].tolist() == [-1, -1, 0, -1, -1, -1, 0, -1, -1, -1]
+    assert state.tokens[1].tolist() == [3, MASK, 6] + [MASK] * 7
+    assert (state.end.tolist(), state.limit.tolist()) == ([8, 5], [8, 5])
+    assert state.notes["mine"].tolist() == [[0, 1, 2, 3, 3, 3, 4, 5, 6, 7], list(range(10, 20))]
+    assert state.notes["per_row"].tolist() == [1.0, 2.0]
+
+
+def test_an_insertion_beyond_the_capacity_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="room"):
+        _state([[1]], room=4).insert(torch.tensor([2]), 1)
+
+
+def test_rows_that_stay_keep_everything_they_had() -> None:
+    state = _state([[1], [2, 2], [3, 3, 3]])
+    state.notes["mine"] = torch.tensor([10, 20, 30])
+    _commit(state, 2, 4, 8)
+    state.keep(torch.tensor([2, 0]))
+    assert state.rows == 2
+    assert state.request.tolist() == [2, 0]
+    assert state.prompt.tolist() == [3, 1]
+    assert int(state.tokens[0, 4]) == 8
+    assert state.notes["mine"].tolist() == [30, 10]

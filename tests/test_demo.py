@@ -1,0 +1,177 @@
+"""The terminal demo: what it prints, what it reads, and how it ends."""
+
+import io
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from dllm_var import GenerationConfig, load_pretrained, stream
+
+DEMO = Path(__file__).parents[1] / "demo_dLLM-var.py"
+FAST = ["--max_gen_length", "12", "--block_length", "4"]
+SUMMARY = re.compile(r"\[\d+ tokens, stopped by (eos|length), \d+ forwards, \d+\.\d tokens/forward, \d+ tokens/s\]")
+
+
+@pytest.fixture(scope="module")
+def demo(script: Any) -> Any:
+    return script("demo_dLLM-var.py")
+
+
+def test_one_prompt_gives_the_answer_and_its_figures(demo: Any, chat_folder: Path, capsys: Any) -> None:
+    assert demo.main(["--model", str(chat_folder), "--prompt", "add 7 8", *FAST]) == 0
+    out = capsys.readouterr().out
+    model = load_pretrained(chat_folder)
+    config = GenerationConfig(max_gen_length=12, block_length=4)
+    text = next(event.result.text for event in stream(model, ["add 7 8"], config) if event.result)
+    assert out.startswith(demo.printable(text))
+    assert SUMMARY.search(out)
+
+
+def test_every_line_of_a_pipe_is_a_prompt(demo: Any, chat_folder: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("add 7 8\n\n  \nrev abc\n"))
+    assert demo.main(["--model", str(chat_folder), *FAST]) == 0
+    out = capsys.readouterr().out
+    assert len(SUMMARY.findall(out)) == 2
+    assert out.index("> add 7 8") < out.index("> rev abc")
+
+
+def test_plain_output_is_the_final_text_piece_by_piece(demo: Any, chat_folder: Path) -> None:
+    model, config = load_pretrained(chat_folder), GenerationConfig(max_gen_length=20, block_length=4)
+    console = Console(file=io.StringIO(), width=20)
+    result, seconds = demo.show_plain(console, stream(model, ["rep abcdefgh 9"], config))
+    assert console.file.getvalue() == demo.printable(result.text) + "\n"  # not wrapped, nothing twice
+    assert seconds > 0
+
+
+def test_the_live_view_shows_masks_and_colours_by_probability(demo: Any, chat_folder: Path) -> None:
+    model, config = load_pretrained(chat_folder), GenerationConfig(max_gen_length=12, block_length=12, threshold=2)
+    sure: dict[int, float] = {}
+    views = []
+    for event in stream(model, ["add 7 8"], config):
+        sure.update({commit.position: commit.confidence for commit in event.committed})
+        views.append(demo.coloured(model, event, sure))
+    assert demo.MASK_SIGN in views[0].plain
+    assert demo.MASK_SIGN not in views[-1].plain
+    assert event.result is not None
+    assert views[-1].plain == demo.printable(event.result.text)
+    colours = {colour for _, colour in demo.SHADES}
+    assert len({span.style for view in views for span in view.spans} & colours) > 1
+
+
+def test_the_banner_offers_the_examples_of_the_model(demo: Any, chat_folder: Path) -> None:
+    model, config = load_pretrained(chat_folder), GenerationConfig()
+    console = Console(file=io.StringIO(), width=120)
+    examples = chat_folder / "examples.json"
+    console.print(demo.banner(str(chat_folder), model, config))
+    examples.write_text('["Write 1,024 in words.", "[bold]Sort: pear, fig"]')
+    console.print(demo.banner(str(chat_folder), model, config))
+    examples.unlink()
+    before, after = console.file.getvalue().split("dLLM-Var")[1:]
+    assert "Try:" not in before
+    assert "Write 1,024 in words." in after
+    assert "[bold]Sort: pear, fig" in after
+
+
+def test_characters_that_steer_a_terminal_are_not_passed_on(demo: Any) -> None:
+    assert demo.printable("a\x1b[31mb\nc\td\x9b1m\re") == "a\ufffd[31mb\nc\td\ufffd1m\ufffde"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "no such folder"], "model 'no such folder' is no folder"),
+        (["--model", "tests"], "not a checkpoint folder"),
+        (["--threshold", "-1"], "threshold=-1.0 is not a number of at least 0"),
+        (["--block_length", "0"], "block_length=0"),
+    ],
+)
+def test_a_bad_option_or_model_is_one_sentence(
+    arguments: list[str], said: str, demo: Any, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(DEMO.parent)
+    assert demo.main([*arguments, "--prompt", "hello"]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_a_prompt_that_is_too_long_is_told_and_the_next_one_answered(
+    demo: Any, chat_folder: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 600 + "\nadd 7 8\n"))
+    assert demo.main(["--model", str(chat_folder), *FAST]) == 1
+    captured = capsys.readouterr()
+    assert "context is 512" in captured.err
+    assert len(SUMMARY.findall(captured.out)) == 1
+
+
+class Terminal:
+    """The demo in a pseudo-terminal of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.master, slave = pty.openpty()
+        self.seen = ""
+        self.process = subprocess.Popen(
+            [sys.executable, str(DEMO), "--model", str(folder), "--max_gen_length", "400", "--block_length", "4"],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+        )
+        os.close(slave)
+
+    def read_until(self, sign: str) -> None:
+        start = len(self.seen)
+        deadline = time.monotonic() + 120
+        while sign not in self.seen[start:] and time.monotonic() < deadline:
+            try:
+                self.seen += os.read(self.master, 4096).decode(errors="replace")
+            except OSError:  # the other end is closed
+                break
+        assert sign in self.seen[start:], self.seen
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def end(self) -> int:
+        try:
+            while os.read(self.master, 4096):
+                pass
+        except OSError:
+            pass
+        code = self.process.wait(timeout=60)
+        os.close(self.master)
+        return code
+
+
+def test_a_conversation_in_a_terminal_ends_with_ctrl_d(chat_folder: Path) -> None:
+    terminal = Terminal(chat_folder)
+    terminal.read_until("> ")
+    assert "Ctrl-D ends" in terminal.seen
+    terminal.type("say hi\n")
+    terminal.read_until("tokens/s]")
+    terminal.read_until("> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0
+    assert "Traceback" not in terminal.seen
+
+
+def test_ctrl_c_in_the_middle_of_an_answer_ends_without_a_traceback(chat_folder: Path) -> None:
+    terminal = Terminal(chat_folder)
+    terminal.read_until("> ")
+    terminal.type("seq 1 9\n")
+    terminal.read_until("░")
+    os.kill(terminal.process.pid, signal.SIGINT)
+    assert terminal.end() == 130
+    assert "Traceback" not in terminal.seen
