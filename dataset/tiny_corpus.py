@@ -79,7 +79,9 @@ def add(r: random.Random) -> Problem:
         total = x + y + carry
         lines.append(f"{x} + {y} + {carry} = {total}, carry {total // 10}")
         carry = total // 10
-    wording = r.choice(["Add {} and {}. Show each column.", "Compute {} + {} column by column.", "What is {} + {}? Show your work."])
+    wording = r.choice(
+        ["Add {} and {}. Show each column.", "Compute {} + {} column by column.", "What is {} + {}? Show your work."]
+    )
     return Problem("add", f"{a}+{b}", wording.format(a, b), "\n".join([*lines, f"The sum is {a + b}."]))
 
 
@@ -89,7 +91,11 @@ def table(r: random.Random) -> Problem:
     last = first + r.randint(1, 14)
     rows = "\n".join(f"{n} x {k} = {n * k}" for k in range(first, last + 1))
     wording = r.choice(
-        ["Write the {} times table from {} to {}.", "Show the multiples of {} from {} to {}.", "List {} times each number from {} to {}."]
+        [
+            "Write the {} times table from {} to {}.",
+            "Show the multiples of {} from {} to {}.",
+            "List {} times each number from {} to {}.",
+        ]
     )
     return Problem("table", f"{n}:{first}-{last}", wording.format(n, first, last), rows)
 
@@ -147,7 +153,9 @@ def _possessions(r: random.Random) -> Story:
     for _ in range(r.randint(1 if lines else 2, 3)):
         c = r.randint(2, 60)
         if r.random() < 0.5 or have < 4:
-            text += r.choice([f" Then {name} buys {c} more.", f" {name} finds {c} more.", f" {other} gives {name} {c} more."])
+            text += r.choice(
+                [f" Then {name} buys {c} more.", f" {name} finds {c} more.", f" {other} gives {name} {c} more."]
+            )
             lines.append(f"{have} + {c} = {have + c} after getting {c} more.")
             have += c
         else:
@@ -163,7 +171,11 @@ def _shopping(r: random.Random) -> Story:
     a, p, b, q = (r.randint(2, 9) for _ in range(4))
     x, y = a * p, b * q
     text = f"{name} buys {a} {first} for {p} dollars each and {b} {second} for {q} dollars each."
-    lines = [f"{a} * {p} = {x} dollars for the {first}.", f"{b} * {q} = {y} dollars for the {second}.", f"{x} + {y} = {x + y} dollars in all."]
+    lines = [
+        f"{a} * {p} = {x} dollars for the {first}.",
+        f"{b} * {q} = {y} dollars for the {second}.",
+        f"{x} + {y} = {x + y} dollars in all.",
+    ]
     if r.random() < 0.5:
         return f"{text} How many dollars does {name} pay?", lines, x + y
     note = r.choice([n for n in (100, 150, 200) if n > x + y])
@@ -172,10 +184,17 @@ def _shopping(r: random.Random) -> Story:
 
 
 def _reading(r: random.Random) -> Story:
-    name, (verb, what) = r.choice(NAMES), r.choice([("reads", "pages"), ("writes", "lines"), ("runs", "miles"), ("solves", "puzzles")])
+    name, (verb, what) = (
+        r.choice(NAMES),
+        r.choice([("reads", "pages"), ("writes", "lines"), ("runs", "miles"), ("solves", "puzzles")]),
+    )
     a, d, b, e = r.randint(2, 12), r.randint(2, 9), r.randint(2, 12), r.randint(2, 9)
     text = f"{name} {verb} {a} {what} a day for {d} days and then {b} {what} a day for {e} days. How many {what} is that?"
-    lines = [f"{a} * {d} = {a * d} {what} at first.", f"{b} * {e} = {b * e} {what} after that.", f"{a * d} + {b * e} = {a * d + b * e} {what} in all."]
+    lines = [
+        f"{a} * {d} = {a * d} {what} at first.",
+        f"{b} * {e} = {b * e} {what} after that.",
+        f"{a * d} + {b * e} = {a * d + b * e} {what} in all.",
+    ]
     return text, lines, a * d + b * e
 
 

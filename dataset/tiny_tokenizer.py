@@ -70,10 +70,15 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = train(args.text)
     if len(tokenizer) != VOCABULARY:
-        raise SystemExit(f"{args.text} gave {len(tokenizer)} tokens instead of {VOCABULARY}: it is too small or too uniform.")
+        raise SystemExit(
+            f"{args.text} gave {len(tokenizer)} tokens instead of {VOCABULARY}: it is too small or too uniform."
+        )
     tokenizer.save_pretrained(args.output_dir)
     config = LLaDAConfig(
-        **SHAPE, mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        **SHAPE,
+        mask_token_id=tokenizer.mask_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     config.save_pretrained(args.output_dir)
     print(f"{args.output_dir}: tokenizer with {len(tokenizer)} tokens, config.json of the model to train")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a conversation: sets everything up, then lets you talk to a model (the bundled one, unless told otherwise).
 #
-#   bash scripts/demo.sh                   a chat when started in a terminal, two example questions otherwise
+#   bash scripts/demo.sh                   a chat when started in a terminal, three example questions otherwise
 #   bash scripts/demo.sh --threshold 0.7   what follows is passed on to demo_dLLM-var.py
 #
 # Called by people and by CI (without a terminal). Works from any folder; needs the network only the first time.
@@ -22,7 +22,5 @@ if [[ -t 0 ]]; then
     echo "Starting the chat: type a question, leave with Ctrl-D."
     exec "${demo[@]}" "$@"
 fi
-echo "No terminal to read from: asking two questions, with a short and a longer answer."
-for question in "Write 4072 in words." "What is 358 + 467? Show your work."; do
-    "${demo[@]}" --prompt "$question" "$@" </dev/null
-done
+echo "No terminal to read from: asking three questions, with a short, a longer and a long answer."
+printf '%s\n' "Write 4072 in words." "What is 358 + 467? Show your work." "Count from 5 to 60." | "${demo[@]}" "$@"

@@ -1,4 +1,4 @@
-"""Why: what the bundled model can do, measured on problems that it has never seen, under every setting that should not matter.
+"""Why: what the bundled model can do, on problems that it has never seen, under every setting that should not matter.
 
 How: ``python scripts/eval_tiny.py`` (bundled model, 500 problems per task and setting), ``--model FOLDER``, ``--prompts N``.
 Prints a table per setting and one JSON line last; ``--output FILE`` keeps that line. An answer counts only when it is the
@@ -81,9 +81,13 @@ def macro(scores: dict[str, Score], field: str) -> float:
 
 def show(console: Console, name: str, scores: dict[str, Score]) -> None:
     """One table: a line per task and the mean."""
-    table = Table("task", "exact match", "stops by EOS", "right length", "tokens/forward", "longest", title=name, title_justify="left")
+    table = Table(
+        "task", "exact match", "stops by EOS", "right length", "tokens/forward", "longest", title=name, title_justify="left"
+    )
     for task, s in scores.items():
-        table.add_row(task, f"{s.exact:.3f}", f"{s.by_eos:.3f}", f"{s.right_length:.3f}", f"{s.tokens_per_forward:.1f}", str(s.longest))
+        table.add_row(
+            task, f"{s.exact:.3f}", f"{s.by_eos:.3f}", f"{s.right_length:.3f}", f"{s.tokens_per_forward:.1f}", str(s.longest)
+        )
     means = [macro(scores, field) for field in ("exact", "by_eos", "right_length", "tokens_per_forward")]
     table.add_section()
     table.add_row("mean", *(f"{m:.3f}" for m in means[:3]), f"{means[3]:.1f}", "")

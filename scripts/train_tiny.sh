@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Why: makes the bundled model from nothing: corpus, tokenizer, training through sft_training/sft.py.
 # How: bash scripts/train_tiny.sh [RUN_FOLDER] [hydra overrides …]; run it again after any stop, it goes on where it was.
-# The finished model is RUN_FOLDER/sft/final; measure it with: python scripts/eval_tiny.py --model RUN_FOLDER/sft/final
+# The finished model, measured and with its card, is RUN_FOLDER/bundle.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 run="${1:-$root/runs/tiny}"
@@ -36,3 +36,7 @@ export OMP_NUM_THREADS="$threads"
   training.decay_steps=1500 training.compile=true training.threads="$threads" training.seed=1 \
   training.save_steps=250 training.save_total_limit=2 training.logging_steps=10 \
   output_dir="$run/sft" "$@"
+
+"$python" "$root/scripts/eval_tiny.py" --model "$run/sft/final" --output "$run/evaluation.json"
+"$python" "$root/scripts/bundle_tiny.py" --run "$run" --output "$run/bundle"
+echo "finished: $run/bundle (to ship it: copy its files to dllm_var/bundled/tiny)"

@@ -122,4 +122,10 @@ def training_steps(config: SftConfig, vocabulary: int, special: SpecialTokens) -
 
 def build_collate(config: SftConfig, special: SpecialTokens) -> Collate:
     """What turns rows into corrupted micro-batches."""
-    return Collate(config.process_settings(), seed=config.training.seed, mask_id=special.mask, stop=special.stop)
+    return Collate(
+        config.process_settings(),
+        seed=config.training.seed,
+        mask_id=special.mask,
+        stop=special.stop,
+        always_real=config.packing.mode == "whole" or config.packing.single_share > 0,
+    )

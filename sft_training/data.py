@@ -186,11 +186,13 @@ class Collate:
     """Rows → one corrupted micro-batch. Corruption happens here, when a batch is fetched, and nowhere else.
 
     Returns tensors noisy, clean int64 [B, L], masked bool [B, L], t float32 [B, L], real bool [B, L] or None when no row is
-    padded, and `Counts`.
+    padded, and `Counts`. With ``always_real`` there is always a tensor, so that a compiled network is compiled once.
     """
 
-    def __init__(self, process: ForwardProcess, *, seed: int, mask_id: int, stop: tuple[int, ...]) -> None:
-        self.process, self.seed, self.mask_id, self.stop = process, seed, mask_id, stop
+    def __init__(
+        self, process: ForwardProcess, *, seed: int, mask_id: int, stop: tuple[int, ...], always_real: bool = False
+    ) -> None:
+        self.process, self.seed, self.mask_id, self.stop, self.always_real = process, seed, mask_id, stop, always_real
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor | Counts | None]:
         clean = torch.from_numpy(np.stack([row.ids for row in rows]))
@@ -215,7 +217,5 @@ class Collate:
             masked=int(made.masked.sum()),
             eos=int(eos.sum()),
         )
-        whole = bool(real.all())
-        return {"noisy": made.noisy, "clean": clean, "masked": made.masked, "t": made.t, "real": None if whole else real} | {
-            "counts": counts
-        }
+        seen = real if self.always_real or not bool(real.all()) else None
+        return {"noisy": made.noisy, "clean": clean, "masked": made.masked, "t": made.t, "real": seen, "counts": counts}

@@ -9,13 +9,29 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sft_training.config import SftConfig, check
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def compose_settings(overrides: list[str]) -> SftConfig:
+    """The settings of ``configs/sft.yaml`` with these overrides, for programs that are not Hydra applications.
+
+    Raises:
+        ValueError: as `check_overrides` and `typed` say, or a group without the option that was asked for.
+    """
+    check_overrides(overrides)
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return typed(compose("sft", overrides))
+    except HydraException as error:
+        raise ValueError(" ".join(str(error).split("Config search path")[0].split())) from error
 
 
 def typed(config: DictConfig) -> SftConfig:

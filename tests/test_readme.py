@@ -38,15 +38,17 @@ def commands() -> list[str]:
 
 @dataclass(frozen=True)
 class Run:
-    """Run it in a folder that looks like a clone; ``more`` is appended to make it quick."""
+    """Run it in a folder that looks like a clone; ``more`` is appended to make it quick, ``dry`` asks a
+    launcher for the command and the settings it would start with."""
 
     more: str = ""
+    dry: bool = False
     creates: str | None = None
     prints: str = ""
 
     def __call__(self, command: str, clone: Path) -> None:
         line = re.sub(r"\bpython\b", shlex.quote(sys.executable), f"{command} {self.more}", count=1)
-        done = run(["bash", "-ec", line], clone)
+        done = run(["bash", "-ec", line], clone, DRY_RUN=str(int(self.dry)))
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         assert self.prints in done.stdout
         if self.creates:
@@ -105,7 +107,7 @@ COMMANDS: dict[str, Callable[[str, Path], None]] = {
     "--threshold 0.9": Run(prints="825"),
     "python demo_dLLM-var.py --model maomaocun/dLLM-Var": Options("16 GB from the network, and a GPU"),
     "bash scripts/train_tiny.sh": Script("takes hours"),
-    "python scripts/eval_tiny.py": Run("--prompts 2 --settings 'block 32'", prints="{"),
+    "python scripts/eval_tiny.py": Run("--prompts 2 --tasks spell --settings 'block 32'", prints="{"),
     "python dataset/transfer_text2token.py --input_dir my_texts --output_file runs/my_texts.jsonl "
     "--tokenizer_model tiny": Run(creates="runs/my_texts.jsonl"),
     "python dataset/inspect_rows.py dataset.files=runs/my_texts.jsonl": Run(prints="thirty"),
@@ -113,15 +115,16 @@ COMMANDS: dict[str, Callable[[str, Path], None]] = {
         TINY_RUN, creates="runs/my_model/final/model.safetensors"
     ),
     'python demo_dLLM-var.py --model runs/my_model/final --prompt "Write 31 in words." --plain': Run(prints="thirty"),
-    "bash sft_training/run_cpu.sh dataset.files=runs/my_texts.jsonl output_dir=runs/my_model_2": Script(
-        "two processes; tests/sft_training starts them"
+    "bash sft_training/run_cpu.sh dataset.files=runs/my_texts.jsonl output_dir=runs/my_model_2": Run(
+        dry=True, prints="--num_processes 2"
     ),
     "python scripts/replay_golden.py --golden tests/golden/decode": Run(),
 }
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    environment |= {"PYTHON": sys.executable} | variables
     return subprocess.run(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, text=True, capture_output=True, timeout=240
     )
