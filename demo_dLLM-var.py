@@ -101,10 +101,11 @@ def banner(name: str, model: Pretrained, config: GenerationConfig) -> Panel:
         text.append("\nThis model was trained for a few kinds of task. Try:\n")
         for example in json.loads(examples.read_text(encoding="utf-8")):
             text.append(f"  {example}\n", style="italic")
-    text.append("\nprobability  ")
-    for bound, colour in SHADES:
-        text.append(f"≥ {bound} ", style=colour)
-    text.append(f" masked {MASK_SIGN}   Every question stands alone. Ctrl-D ends.")
+    text.append("\nColours: probability ")
+    for bound, colour in SHADES[:-1]:
+        text.append(f"≥ {bound}  ", style=colour)
+    text.append("lower", style=SHADES[-1][1])
+    text.append(f"; {MASK_SIGN} is a mask. Every question stands alone. Ctrl-D ends.")
     return Panel(text, title="dLLM-Var", expand=False)
 
 

@@ -97,7 +97,7 @@ def main() -> None:
     try:
         if given.rows < 1:
             raise ValueError(f"--rows {given.rows}: give at least 1.")
-        config = compose_settings(["training.max_steps=1", *given.overrides])
+        config = compose_settings(given.overrides)
         config.training.local_batch_size = config.training.grad_accum_steps = 1  # rows as they come, not whole steps
         console.print(legend(), "\n")
         for text in pictures(config, given.rows):

@@ -10,7 +10,7 @@ from itertools import groupby
 from transformers import PreTrainedTokenizerBase
 
 from dllm_var.decoding.config import GenerationConfig
-from dllm_var.decoding.loop import DecodeLoop
+from dllm_var.decoding.loop import DecodeLoop, check_requests, decode
 from dllm_var.decoding.results import Event, Generation
 from dllm_var.pretrained import Pretrained, Prompt
 from dllm_var.text.chat import decode_text
@@ -43,14 +43,14 @@ def generate(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more, or None for all prompts at once.")
     requests = range(len(prompts)) if requests is None else requests
+    check_requests(requests, len(prompts))
+    ids = _prompt_ids(model, prompts)
     size = batch_size or max(1, len(prompts))
     answers: list[Generation] = []
     for start in range(0, len(prompts), size):
         at = slice(start, start + size)
-        loop = _loop(model, prompts[at], config, requests[at])
-        found = {event.request: event.result for event in loop if event.result is not None}
-        answers += [_with_text(model.tokenizer, found[request]) for request in requests[at]]
-    return answers
+        answers += decode(model.model, model.special, config or GenerationConfig(), ids[at], requests[at])
+    return [_with_text(model.tokenizer, answer) for answer in answers]
 
 
 def stream(
@@ -65,17 +65,15 @@ def stream(
     Settled text is final; provisional text follows it, with a sign for each mask.
     Takes the arguments of `generate` and raises what it raises.
     """
-    for event in _loop(model, prompts, config, requests):
+    ids = _prompt_ids(model, prompts)
+    for event in DecodeLoop(model.model, model.special, config or GenerationConfig(), ids, requests):
         yield _event_with_text(model, event)
 
 
-def _loop(
-    model: Pretrained, prompts: Sequence[Prompt], config: GenerationConfig | None, requests: Sequence[int] | None
-) -> DecodeLoop:
+def _prompt_ids(model: Pretrained, prompts: Sequence[Prompt]) -> list[list[int]]:
     if isinstance(prompts, str):
         raise ValueError("prompts is one text: give a list, generate(model, [text]), even for a single prompt.")
-    ids = [model.prompt_ids(prompt) for prompt in prompts]
-    return DecodeLoop(model.model, model.special, config or GenerationConfig(), ids, requests)
+    return [model.prompt_ids(prompt) for prompt in prompts]
 
 
 def _with_text(tokenizer: PreTrainedTokenizerBase | None, answer: Generation) -> Generation:

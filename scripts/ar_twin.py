@@ -43,9 +43,10 @@ HELD_OUT_SEED = 20_000  # the problems of scripts/eval_tiny.py
 # Our tensor names → those of transformers' Llama, which rotates by halves too.
 LLAMA_NAMES = {
     "model.transformer.wte": "model.embed_tokens", "model.transformer.ln_f": "model.norm",
-    "model.transformer.ff_out": "lm_head", "model.transformer.blocks": "model.layers", "attn_norm": "input_layernorm", "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj",
-    "ff_norm": "post_attention_layernorm", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
+    "model.transformer.ff_out": "lm_head", "model.transformer.blocks": "model.layers",
+    "attn_norm": "input_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj", "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
 }  # fmt: skip
 
 

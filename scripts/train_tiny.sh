@@ -37,6 +37,7 @@ export OMP_NUM_THREADS="$threads"
   training.save_steps=250 training.save_total_limit=2 training.logging_steps=10 \
   output_dir="$run/sft" "$@"
 
+if [[ -n "${TRAIN_ONLY:-}" ]]; then exit; fi # scripts/study_surroundings.sh measures for itself
 "$python" "$root/scripts/eval_tiny.py" --model "$run/sft/final" --output "$run/evaluation.json"
 "$python" "$root/scripts/bundle_tiny.py" --run "$run" --output "$run/bundle"
 echo "finished: $run/bundle (to ship it: copy its files to dllm_var/bundled/tiny)"

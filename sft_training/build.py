@@ -6,6 +6,7 @@ Called by ``sft.py`` and ``dataset/inspect_rows.py``.
 import atexit
 import os
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -96,28 +97,36 @@ def build_stream(config: SftConfig, vocabulary: int, special: SpecialTokens) -> 
         config.view_settings(),
         packer_of(config, special.pad),
         seed=config.training.seed,
-        epochs=section.epochs,
+        epochs=config.passes(),
         shuffle_seed=section.shuffle_seed if section.shuffle else None,
         rows_per_step=rows_per_step(config),
     )
 
 
 def training_steps(config: SftConfig, vocabulary: int, special: SpecialTokens) -> int:
-    """training.max_steps, or as many as dataset.epochs passes over the data give (found by packing them once).
+    """training.max_steps, or as many as the passes over the data give (found by packing them once).
 
     Raises:
-        ValueError: not even one step.
+        ValueError: the passes give fewer steps than asked for, or not even one.
     """
-    if config.training.max_steps is not None:
-        return config.training.max_steps
+    wanted = config.training.max_steps
+    if config.passes() is None:
+        assert wanted is not None
+        return wanted
+    size = rows_per_step(config)
     stream = build_stream(config, vocabulary, special)
-    rows = sum(1 for _ in stream)
-    if rows == 0:
+    steps = sum(1 for _ in islice(stream, wanted and wanted * size)) // size
+    if steps == 0:
         raise ValueError(
-            f"dataset.epochs={config.dataset.epochs} gives {stream.left_over} rows, fewer than the {rows_per_step(config)} "
-            "of one optimizer step: lower training.local_batch_size or grad_accum_steps, or raise dataset.epochs."
+            f"dataset.epochs={config.passes()} gives {stream.left_over} rows, fewer than the {size} of one optimizer step: "
+            "lower training.local_batch_size or training.grad_accum_steps, or raise dataset.epochs."
         )
-    return rows // rows_per_step(config)
+    if wanted is not None and steps < wanted:
+        raise ValueError(
+            f"training.max_steps={wanted}, but dataset.epochs={config.passes()} gives {steps} steps: lower max_steps, raise "
+            "epochs, or set one of them to null."
+        )
+    return steps
 
 
 def build_collate(config: SftConfig, special: SpecialTokens) -> Collate:
@@ -127,5 +136,6 @@ def build_collate(config: SftConfig, special: SpecialTokens) -> Collate:
         seed=config.training.seed,
         mask_id=special.mask,
         stop=special.stop,
+        next_token=config.loss.name == "next_token",
         always_real=config.packing.mode == "whole" or config.packing.single_share > 0,
     )

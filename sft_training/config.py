@@ -15,6 +15,7 @@ from dllm_var.diffusion.packing import Packer
 SCHEDULES = ("linear", "constant", "wsd")
 OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("auto", "fp32", "bf16")
+USUAL_PASSES = 3  # of LLaDA's SFT (2502.09992)
 
 
 @dataclass
@@ -122,6 +123,12 @@ class SftConfig:
     output_dir: str = "outputs/sft"
     resume: str = "auto"
 
+    def passes(self) -> int | None:
+        """Passes over the data: dataset.epochs, else as many as training.max_steps needs (None), else `USUAL_PASSES`."""
+        if self.dataset.epochs is None and self.training.max_steps is None:
+            return USUAL_PASSES
+        return self.dataset.epochs
+
     def view_settings(self) -> DecodingView:
         """The settings of the decoding view, checked."""
         return DecodingView(**{**vars(self.view), "block_lengths": tuple(self.view.block_lengths)})
@@ -158,8 +165,6 @@ def check(config: SftConfig) -> None:
         _at_least(f"validation.{name}", getattr(config.validation, name), 1)
     if config.dataset.epochs is not None:
         _at_least("dataset.epochs", config.dataset.epochs, 1)
-    if training.max_steps is None and config.dataset.epochs is None:
-        raise ValueError("training.max_steps and dataset.epochs are both null: say when training ends with one of them.")
     if (training.schedule == "wsd") != (training.decay_steps > 0):
         raise ValueError(
             f"training.schedule={training.schedule!r} with training.decay_steps={training.decay_steps}: wsd needs "

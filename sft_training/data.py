@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from dllm_var.diffusion.corruption import ForwardProcess, corrupt, uniforms
+from dllm_var.diffusion.corruption import Corrupted, ForwardProcess, corrupt, uniforms
 from dllm_var.diffusion.decoding_view import DecodingView, Ints
 from dllm_var.diffusion.packing import Packer, Row, cut
 from sft_training.samples import SampleFiles
@@ -60,7 +60,7 @@ class RowStream(IterableDataset[Row]):
         self.samples, self.view, self.seed, self.epochs, self.shuffle_seed = samples, view, seed, epochs, shuffle_seed
         self.rows_per_step, self.left_over = rows_per_step, 0
         self._start = Position(0, 0, packer, 0)
-        self._recent: OrderedDict[int, Position] = OrderedDict({packer.rows: self._start})
+        self._recent: OrderedDict[int, Position] = OrderedDict({self.first_row: self._start})
         self._now = self._start
         self._order: tuple[int, Ints] | None = None
 
@@ -122,20 +122,28 @@ class RowStream(IterableDataset[Row]):
             self._recent.popitem(last=False)
 
     @property
+    def first_row(self) -> int:
+        """Number of the row with which iteration starts: 0, or more after `restore`."""
+        return self._start.packer.rows + self._start.emitted
+
+    @property
     def dropped(self) -> int:
         """Samples too long for a row, so far."""
         return self._now.packer.dropped
 
-    @property
-    def progress(self) -> float:
-        """Passes over the samples so far, as a fraction."""
-        return self._now.epoch + self._now.cursor / len(self.samples)
+    def progress(self, rows: int) -> float:
+        """Passes over the samples that the first ``rows`` rows took, as a fraction."""
+        at = self._at(rows)
+        return at.epoch + at.cursor / len(self.samples)
+
+    def _at(self, rows: int) -> Position:
+        if rows not in self._recent:
+            raise ValueError(f"the stream cannot tell its state after {rows} rows: it has moved on too far from there.")
+        return self._recent[rows]
 
     def state(self, rows: int) -> dict[str, Any]:
         """What `restore` needs to go on after the first ``rows`` rows of the stream, as plain JSON types."""
-        if rows not in self._recent:
-            raise ValueError(f"the stream cannot tell its state after {rows} rows: it has moved on too far from there.")
-        at = self._recent[rows]
+        at = self._at(rows)
         return {
             "epoch": at.epoch,
             "cursor": at.cursor,
@@ -161,13 +169,13 @@ class RowStream(IterableDataset[Row]):
         packer.restore(state["packer"])
         self._start = Position(state["epoch"], state["cursor"], packer, state["emitted"])
         self._now = self._start
-        self._recent = OrderedDict({packer.rows + state["emitted"]: self._start})
+        self._recent = OrderedDict({self.first_row: self._start})
 
     def _settings(self) -> dict[str, Any]:
         packer = self._start.packer
-        own = {"seed": self.seed, "shuffle_seed": self.shuffle_seed, "view": {**vars(self.view)}}
-        own["view"]["block_lengths"] = list(self.view.block_lengths)
-        return {**own, "packing": [packer.length, packer.mode, packer.open_rows, packer.single_share]}
+        view = {**vars(self.view), "block_lengths": list(self.view.block_lengths)}
+        packing = [packer.length, packer.mode, packer.open_rows, packer.single_share]
+        return {"seed": self.seed, "shuffle_seed": self.shuffle_seed, "view": view, "packing": packing}
 
 
 @dataclass(frozen=True)
@@ -187,28 +195,30 @@ class Collate:
 
     Returns tensors noisy, clean int64 [B, L], masked bool [B, L], t float32 [B, L], real bool [B, L] or None when no row is
     padded, and `Counts`. With ``always_real`` there is always a tensor, so that a compiled network is compiled once.
+    With ``next_token`` nothing is corrupted: "clean" holds the token that follows each position, "masked" the positions that
+    a response token follows.
     """
 
     def __init__(
-        self, process: ForwardProcess, *, seed: int, mask_id: int, stop: tuple[int, ...], always_real: bool = False
+        self,
+        process: ForwardProcess,
+        *,
+        seed: int,
+        mask_id: int,
+        stop: tuple[int, ...],
+        always_real: bool = False,
+        next_token: bool = False,
     ) -> None:
-        self.process, self.seed, self.mask_id, self.stop, self.always_real = process, seed, mask_id, stop, always_real
+        self.process, self.seed, self.mask_id, self.stop = process, seed, mask_id, stop
+        self.always_real, self.next_token = always_real, next_token
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor | Counts | None]:
         clean = torch.from_numpy(np.stack([row.ids for row in rows]))
         response = torch.from_numpy(np.stack([row.response for row in rows]))
         real = torch.from_numpy(np.stack([row.real for row in rows]))
-        if self.process.t_per == "row":
-            drawn = [np.broadcast_to(uniforms(1, self.seed, row.index, "t"), row.ids.shape) for row in rows]
-        else:
-            drawn = [row.level for row in rows]
-        t = self.process.level(torch.from_numpy(np.stack(drawn)))
-        noise = torch.from_numpy(np.stack([row.noise for row in rows]))
-        made = corrupt(
-            clean, response, noise, t,
-            mask_id=self.mask_id, stop=self.stop, always_mask_eos=self.process.always_mask_eos,
-        )  # fmt: skip
-        eos = torch.isin(clean, torch.tensor(self.stop)) & made.masked
+        made = self._predict_next(clean, response) if self.next_token else self._corrupt(rows, clean, response)
+        targets = clean.roll(-1, dims=1) if self.next_token else clean
+        eos = torch.isin(targets, torch.tensor(self.stop)) & made.masked
         counts = Counts(
             rows=tuple(row.index for row in rows),
             samples=tuple(key for row in rows for key, *_ in row.pieces),
@@ -218,4 +228,22 @@ class Collate:
             eos=int(eos.sum()),
         )
         seen = real if self.always_real or not bool(real.all()) else None
-        return {"noisy": made.noisy, "clean": clean, "masked": made.masked, "t": made.t, "real": seen, "counts": counts}
+        return {"noisy": made.noisy, "clean": targets, "masked": made.masked, "t": made.t, "real": seen, "counts": counts}
+
+    @staticmethod
+    def _predict_next(clean: Tensor, response: Tensor) -> Corrupted:
+        predicts = torch.zeros_like(response)
+        predicts[:, :-1] = response[:, 1:]  # what opens a row (the rest of a split sample) has nothing before it
+        return Corrupted(noisy=clean, masked=predicts, t=torch.ones(clean.shape))
+
+    def _corrupt(self, rows: Sequence[Row], clean: Tensor, response: Tensor) -> Corrupted:
+        if self.process.t_per == "row":
+            drawn = [np.broadcast_to(uniforms(1, self.seed, row.index, "t"), row.ids.shape) for row in rows]
+        else:
+            drawn = [row.level for row in rows]
+        t = self.process.level(torch.from_numpy(np.stack(drawn)))
+        noise = torch.from_numpy(np.stack([row.noise for row in rows]))
+        return corrupt(
+            clean, response, noise, t,
+            mask_id=self.mask_id, stop=self.stop, always_mask_eos=self.process.always_mask_eos,
+        )  # fmt: skip

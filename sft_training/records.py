@@ -30,7 +30,7 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         if state.is_world_process_zero:
-            drop_later_lines(self.folder / METRICS_FILE, state.global_step)
+            forget_metrics_after(self.folder, state.global_step)
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
@@ -82,17 +82,16 @@ def append_metrics(folder: Path, step: int, values: dict[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl so far."""
+    """The lines of metrics.jsonl so far; a last line that a kill cut short does not count."""
     file = folder / METRICS_FILE
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def drop_later_lines(file: Path, step: int) -> None:
-    """Forget what a run noted after the checkpoint from which it goes on, so that no step stands there twice."""
-    if file.is_file():
-        lines = file.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+def forget_metrics_after(folder: Path, step: int) -> None:
+    """Drop what a run noted after the checkpoint from which it goes on, so that no step stands there twice."""
+    kept = [line for line in read_metrics(folder) if line["step"] <= step]
+    (folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def draw_curve(folder: Path) -> None:

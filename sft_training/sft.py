@@ -34,7 +34,7 @@ from sft_training.build import (
     world_size,
 )
 from sft_training.config import SftConfig
-from sft_training.overrides import check_overrides, typed
+from sft_training.overrides import check_overrides, compose_settings, typed
 from sft_training.records import Recorder, RunFile, write_config, write_run
 from sft_training.trainer import SftTrainer, is_checkpoint, newest_checkpoint, resume_stream
 from sft_training.validation import Validator
@@ -122,7 +122,9 @@ def checkpoint_to_resume(config: SftConfig) -> Path | None:
 
 def facts(trainer: SftTrainer, special: SpecialTokens) -> dict[str, Any]:
     """The settings as they act, read from the built parts and not from the configuration."""
-    optimizer = trainer.optimizer.optimizer  # inside the library's wrapper
+    assert trainer.optimizer is not None
+    assert trainer.lr_scheduler is not None
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # inside the library's wrapper
     args, schedule = trainer.args, trainer.lr_scheduler.lr_lambdas[0]
     return {
         "optimizer": [type(part).__name__ for part in getattr(optimizer, "parts", [optimizer])],
@@ -132,9 +134,9 @@ def facts(trainer: SftTrainer, special: SpecialTokens) -> dict[str, Any]:
         "distributed_type": trainer.accelerator.distributed_type.value,
         "device": str(args.device),
         "tokens_per_step": trainer.rows_per_step * trainer.config.packing.max_length,
-        "weights": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
+        "weights": str(next(trainer.network.parameters()).dtype).removeprefix("torch."),
         "autocast": trainer.accelerator.mixed_precision,
-        "parameters": sum(value.numel() for value in trainer.model.parameters()),
+        "parameters": sum(value.numel() for value in trainer.network.parameters()),
         "threads": torch.get_num_threads(),
         "samples": len(trainer.stream.samples),
         "special_tokens": {"mask": special.mask, "stop": list(special.stop), "pad": special.pad},
@@ -163,7 +165,9 @@ def prepare(config: SftConfig) -> tuple[SftTrainer, Path | None]:
     args = arguments(config, max_steps)
     model = build_model(config)
     if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # the library is renaming it: releases know one name, the other, or both
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if config.training.compile:
         compile_network(model)
     folder = Path(config.output_dir)
@@ -184,7 +188,7 @@ def train(config: SftConfig) -> SftTrainer:
         write_config(folder, asdict(config))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.is_world_process_zero():
-        save_model(trainer.model, folder / "final", dtype=DTYPES[config.model.final_dtype])
+        save_model(trainer.network, folder / "final", dtype=DTYPES[config.model.final_dtype])
         trainer.tokenizer.save_pretrained(folder / "final")
         stream = trainer.stream
         ended = {"steps": trainer.state.global_step, "dropped_samples": stream.dropped, "rows_left_over": stream.left_over}
@@ -209,7 +213,10 @@ def _main(composed: DictConfig) -> None:
 def main() -> None:
     """Command-line entry."""
     try:
-        check_overrides(sys.argv[1:])
+        if any(argument.startswith("-") for argument in sys.argv[1:]):  # a flag for Hydra itself, such as --cfg job
+            check_overrides(sys.argv[1:])
+        else:
+            compose_settings(sys.argv[1:])  # so that a mistake leaves no run folder behind
     except ValueError as error:
         raise SystemExit(f"sft.py: {error}") from error
     if int(os.environ.get("RANK", "0")) > 0:  # one run folder and one log, written by the first process

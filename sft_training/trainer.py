@@ -43,7 +43,7 @@ class SftTrainer(Trainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=stream, data_collator=collate, callbacks=callbacks)
-        self.config, self.stream, self.tokenizer = config, stream, tokenizer
+        self.config, self.stream, self.tokenizer, self.network = config, stream, tokenizer, model
         # token_sum_global is normalised over the whole optimizer step, so that accumulation must not divide it again.
         self.loss_is_scaled_for_ga = config.loss.name == "token_sum_global"
         self.rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -57,7 +57,7 @@ class SftTrainer(Trainer):
         """AdamW or Muon with AdamW, see ``optimizer.py``."""
         if self.optimizer is None:
             self.optimizer = build_optimizer(
-                self.model if model is None else model,
+                self.network if model is None else model,
                 self.config.training.optimizer,
                 lr=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
@@ -85,7 +85,7 @@ class SftTrainer(Trainer):
         """The configured loss of a micro-batch; 0, and connected to every weight, when it has no masked token."""
         counts: Counts = inputs["counts"]
         if self.config.training.trace_rows:
-            trace_rows(Path(self.args.output_dir), self.args.process_index, counts)
+            trace_rows(Path(self.config.output_dir), self.args.process_index, counts)
         masked: Tensor = inputs["masked"]
         targets, t = inputs["clean"][masked], inputs["t"][masked]  # [M]
         weights = token_weights(
@@ -98,7 +98,13 @@ class SftTrainer(Trainer):
             each.append(losses)
             return total
 
-        outputs = model(input_ids=inputs["noisy"], attention_mask=inputs["real"], logits_for=masked, project=project)
+        causal = None
+        if self.config.loss.name == "next_token":
+            rows, length = inputs["noisy"].shape
+            causal = torch.ones(length, length, dtype=torch.bool, device=masked.device).tril().expand(rows, -1, -1)
+        outputs = model(
+            input_ids=inputs["noisy"], attention_mask=inputs["real"], query_mask=causal, logits_for=masked, project=project
+        )
         loss = outputs["logits"]
         if num_items_in_batch is not None:
             loss = loss * self.args.world_size  # gradients are averaged over ranks
@@ -122,7 +128,7 @@ class SftTrainer(Trainer):
                 if number:
                     logs[f"ce/t_{self._edges[i]:.2f}-{self._edges[i + 1]:.2f}"] = total / number
             logs["data/dropped_samples"] = self.stream.dropped
-        self.state.epoch = self.stream.progress
+        self.state.epoch = self.stream.progress(self.state.global_step * self.rows_per_step)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -131,7 +137,7 @@ class SftTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder = Path(self.config.output_dir) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             position = self.stream.state(self.state.global_step * self.rows_per_step)
             (folder / POSITION_FILE).write_text(json.dumps(position), encoding="utf-8")
@@ -139,8 +145,8 @@ class SftTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
-            folder = output_dir if output_dir is not None else self.args.output_dir
-            save_model(self.model, folder)
+            folder = output_dir if output_dir is not None else self.config.output_dir
+            save_model(self.network, folder)
             self.tokenizer.save_pretrained(folder)
 
 
@@ -160,9 +166,13 @@ def resume_stream(stream: RowStream, checkpoint: Path) -> None:
     """Put the data where the checkpoint left it.
 
     Raises:
-        ValueError: no data position in the folder, or other data than then.
+        ValueError: other data or other settings of the rows than then, or another number of rows in a step.
     """
-    file = checkpoint / POSITION_FILE
-    if not file.is_file():
-        raise ValueError(f"{checkpoint} is no checkpoint of this trainer: it has no {POSITION_FILE}.")
-    stream.restore(json.loads(file.read_text(encoding="utf-8")))
+    stream.restore(json.loads((checkpoint / POSITION_FILE).read_text(encoding="utf-8")))
+    steps = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    if stream.first_row != steps * stream.rows_per_step:
+        raise ValueError(
+            f"{checkpoint} took {stream.first_row} rows for {steps} steps, this run takes {stream.rows_per_step} a step: "
+            "keep training.local_batch_size * training.grad_accum_steps * processes as it was, or start anew with "
+            "resume=never."
+        )

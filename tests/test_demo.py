@@ -1,13 +1,14 @@
 """The terminal demo: what it prints, what it reads, and how it ends."""
 
+import contextlib
 import io
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +28,36 @@ def demo(script: Any) -> Any:
 
 
 def test_one_prompt_gives_the_answer_and_its_figures(demo: Any, chat_folder: Path, capsys: Any) -> None:
-    assert demo.main(["--model", str(chat_folder), "--prompt", "add 7 8", *FAST]) == 0
+    assert demo.main(["--model", str(chat_folder), "--prompt", "rep xy 3", *FAST]) == 0
     out = capsys.readouterr().out
     model = load_pretrained(chat_folder)
     config = GenerationConfig(max_gen_length=12, block_length=4)
-    text = next(event.result.text for event in stream(model, ["add 7 8"], config) if event.result)
+    text = next(event.result.text for event in stream(model, ["rep xy 3"], config) if event.result)
     assert out.startswith(demo.printable(text))
     assert SUMMARY.search(out)
 
 
 def test_every_line_of_a_pipe_is_a_prompt(demo: Any, chat_folder: Path, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("add 7 8\n\n  \nrev abc\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("rep xy 3\n\n  \ncount 9\n"))
     assert demo.main(["--model", str(chat_folder), *FAST]) == 0
     out = capsys.readouterr().out
     assert len(SUMMARY.findall(out)) == 2
-    assert out.index("> add 7 8") < out.index("> rev abc")
+    assert out.index("> rep xy 3") < out.index("> count 9")
 
 
 def test_plain_output_is_the_final_text_piece_by_piece(demo: Any, chat_folder: Path) -> None:
     model, config = load_pretrained(chat_folder), GenerationConfig(max_gen_length=20, block_length=4)
     console = Console(file=io.StringIO(), width=20)
-    result, seconds = demo.show_plain(console, stream(model, ["rep abcdefgh 9"], config))
+    result, seconds = demo.show_plain(console, stream(model, ["rep xy 3"], config))
     assert console.file.getvalue() == demo.printable(result.text) + "\n"  # not wrapped, nothing twice
     assert seconds > 0
 
 
 def test_the_live_view_shows_masks_and_colours_by_probability(demo: Any, chat_folder: Path) -> None:
-    model, config = load_pretrained(chat_folder), GenerationConfig(max_gen_length=12, block_length=12, threshold=2)
+    model, config = load_pretrained(chat_folder), GenerationConfig(max_gen_length=20, block_length=4)
     sure: dict[int, float] = {}
     views = []
-    for event in stream(model, ["add 7 8"], config):
+    for event in stream(model, ["rep xy 3"], config):
         sure.update({commit.position: commit.confidence for commit in event.committed})
         views.append(demo.coloured(model, event, sure))
     assert demo.MASK_SIGN in views[0].plain
@@ -108,7 +109,7 @@ def test_a_bad_option_or_model_is_one_sentence(
 def test_a_prompt_that_is_too_long_is_told_and_the_next_one_answered(
     demo: Any, chat_folder: Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 600 + "\nadd 7 8\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 600 + "\nrep xy 3\n"))
     assert demo.main(["--model", str(chat_folder), *FAST]) == 1
     captured = capsys.readouterr()
     assert "context is 512" in captured.err
@@ -133,33 +134,27 @@ class Terminal:
 
     def read_until(self, sign: str) -> None:
         start = len(self.seen)
-        deadline = time.monotonic() + 120
-        while sign not in self.seen[start:] and time.monotonic() < deadline:
-            try:
-                self.seen += os.read(self.master, 4096).decode(errors="replace")
-            except OSError:  # the other end is closed
-                break
-        assert sign in self.seen[start:], self.seen
+        while sign not in self.seen[start:]:
+            ready, _, _ = select.select([self.master], [], [], 120)
+            assert ready, f"{sign!r} did not come after {self.seen!r}"
+            self.seen += os.read(self.master, 4096).decode(errors="replace")
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
     def end(self) -> int:
-        try:
-            while os.read(self.master, 4096):
-                pass
-        except OSError:
-            pass
-        code = self.process.wait(timeout=60)
+        with contextlib.suppress(OSError):  # raised when the other end is closed
+            while piece := os.read(self.master, 4096):
+                self.seen += piece.decode(errors="replace")
         os.close(self.master)
-        return code
+        return self.process.wait(timeout=60)
 
 
 def test_a_conversation_in_a_terminal_ends_with_ctrl_d(chat_folder: Path) -> None:
     terminal = Terminal(chat_folder)
     terminal.read_until("> ")
     assert "Ctrl-D ends" in terminal.seen
-    terminal.type("say hi\n")
+    terminal.type("count 9\n")
     terminal.read_until("tokens/s]")
     terminal.read_until("> ")
     terminal.type("\x04")
@@ -170,7 +165,7 @@ def test_a_conversation_in_a_terminal_ends_with_ctrl_d(chat_folder: Path) -> Non
 def test_ctrl_c_in_the_middle_of_an_answer_ends_without_a_traceback(chat_folder: Path) -> None:
     terminal = Terminal(chat_folder)
     terminal.read_until("> ")
-    terminal.type("seq 1 9\n")
+    terminal.type("rep xy 3\n")
     terminal.read_until("░")
     os.kill(terminal.process.pid, signal.SIGINT)
     assert terminal.end() == 130

@@ -68,7 +68,7 @@ for name, auto in (("causal", AutoModelForCausalLM), ("plain", AutoModel)):
 lengths = {"max_gen_length": 48, "block_length": 16}
 found["left"] = model.generate(batch["ids"], attention_mask=batch["mask"], **lengths)
 found["right"] = model.generate(batch["right_ids"], batch["right_mask"], threshold=0.9, eos_token_id=[256, 257], **lengths)
-found["defaults"] = model.generate(batch["ids"][:1], batch["mask"][:1])
+found["defaults"] = model.generate(batch["ids"][1:2], batch["mask"][1:2])
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 assert tokenizer.eos_token_id == tokenizer.pad_token_id == 256
 text = tokenizer.apply_chat_template([{"role": "user", "content": "rev abc"}], tokenize=False)
@@ -170,7 +170,9 @@ def test_generate_on_a_padded_batch_equals_each_prompt_alone(
 def test_generate_needs_nothing_but_a_prompt(stranger: dict[str, Tensor], model: LLaDAModelLM) -> None:
     special = SpecialTokens(mask=270, eos=256, pad=256, eot=257)
     config = GenerationConfig(max_gen_length=1024, block_length=64, threshold=0.9)
-    assert stranger["defaults"].tolist() == [decode(model, special, config, PROMPTS[:1])[0].tokens]
+    expected = decode(model, special, config, PROMPTS[1:2])[0].tokens
+    assert expected
+    assert stranger["defaults"].tolist() == [expected]
 
 
 def test_tokenizer_and_template_travel_with_the_folder(stranger: dict[str, Tensor], folder: Path) -> None:
@@ -297,10 +299,21 @@ def hub_model(folder: Path) -> HubModel:
 
 
 def test_a_single_stop_id_is_enough(hub_model: HubModel, model: LLaDAModelLM) -> None:
-    ids = torch.tensor(PROMPTS[:1])
+    ids = torch.tensor(PROMPTS[1:2])
     only = SpecialTokens(mask=270, eos=256, pad=256, eot=257, stop=(257,))
-    expected = decode(model, only, GenerationConfig(threshold=0.9, **LENGTHS), PROMPTS[:1])[0].tokens
+    expected = decode(model, only, GenerationConfig(threshold=0.9, **LENGTHS), PROMPTS[1:2])[0].tokens
+    assert 256 in expected
     assert hub_model.generate(ids, eos_token_id=257, **LENGTHS).tolist() == [expected]
+
+
+def test_the_config_s_end_of_turn_ends_an_answer_by_default(
+    hub_model: HubModel, answers: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first letter of an answer is declared the end of turn: nothing is left of it. EOS still ends the others."""
+    monkeypatch.setattr(hub_model.config, "eot_token_id", answers[1][0])
+    assert answers[1][0] not in answers[2]
+    assert hub_model.generate(torch.tensor(PROMPTS[1:2]), **LENGTHS).shape == (1, 0)
+    assert hub_model.generate(torch.tensor(PROMPTS[2:]), **LENGTHS).tolist() == answers[2:]
 
 
 def test_answers_are_padded_with_the_id_that_was_asked_for(hub_model: HubModel, answers: list[list[int]]) -> None:
@@ -310,7 +323,7 @@ def test_answers_are_padded_with_the_id_that_was_asked_for(hub_model: HubModel, 
 
 def test_an_empty_answer_has_no_column(hub_model: HubModel) -> None:
     everything = set(range(288)) - {270}
-    assert hub_model.generate(torch.tensor(PROMPTS[:1]), eos_token_id=everything, **LENGTHS).shape == (1, 0)
+    assert hub_model.generate(torch.tensor(PROMPTS[1:2]), eos_token_id=everything, **LENGTHS).shape == (1, 0)
 
 
 def test_further_options_of_the_decoder_are_passed_on(hub_model: HubModel) -> None:

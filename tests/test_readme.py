@@ -111,11 +111,11 @@ COMMANDS: dict[str, Callable[[str, Path], None]] = {
     "python dataset/transfer_text2token.py --input_dir my_texts --output_file runs/my_texts.jsonl "
     "--tokenizer_model tiny": Run(creates="runs/my_texts.jsonl"),
     "python dataset/inspect_rows.py dataset.files=runs/my_texts.jsonl": Run(prints="thirty"),
-    "python sft_training/sft.py dataset.files=runs/my_texts.jsonl output_dir=runs/my_model": Run(
+    "python sft_training/sft.py dataset.files=runs/my_texts.jsonl training.max_steps=200 output_dir=runs/my_model": Run(
         TINY_RUN, creates="runs/my_model/final/model.safetensors"
     ),
     'python demo_dLLM-var.py --model runs/my_model/final --prompt "Write 31 in words." --plain': Run(prints="thirty"),
-    "bash sft_training/run_cpu.sh dataset.files=runs/my_texts.jsonl output_dir=runs/my_model_2": Run(
+    "bash sft_training/run_cpu.sh dataset.files=runs/my_texts.jsonl training.max_steps=200 output_dir=runs/my_model_2": Run(
         dry=True, prints="--num_processes 2"
     ),
     "python scripts/replay_golden.py --golden tests/golden/decode": Run(),

@@ -71,13 +71,12 @@ class Executor:
         if self.streams == 2:
             prompt = (plan.positions < state.prompt[:, None]).to(device)
             ids = torch.cat((ids, ids.masked_fill(prompt, state.mask)))
-        padded = not bool(plan.real.all())
-        # The store and the wanted rows are indexed by what lies on the host: a mask on the device would cost a
-        # synchronisation each.
+        # What the store and the choice of rows are indexed by stays on the host, where it costs no synchronisation.
+        real = plan.real if self.store is not None else plan.real.to(device)
         out = self.model(
             input_ids=ids,
             positions=self._twice(positions),
-            attention_mask=self._twice(plan.real.to("cpu" if self.store else device)) if padded else None,
+            attention_mask=None if bool(plan.real.all()) else self._twice(real),
             kv=self.store,
             slots=None if plan.slots is None else self._twice(plan.slots),
             query_mask=None if plan.query_mask is None else self._twice(plan.query_mask.to(device)),

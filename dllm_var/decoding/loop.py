@@ -81,8 +81,7 @@ class DecodeLoop:
         policies: Policies | None = None,
     ) -> None:
         requests = range(len(prompts)) if requests is None else requests
-        if len(set(requests)) != len(prompts) or len(requests) != len(prompts):
-            raise ValueError(f"requests={list(requests)} must be {len(prompts)} different numbers, one for each prompt.")
+        check_requests(requests, len(prompts))
         _check_prompts(prompts, model, config)
         self.special = special
         self.policies = compose(config, special) if policies is None else policies
@@ -102,20 +101,19 @@ class DecodeLoop:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One forward of all live rows and what follows from it: one event per row. Finished rows leave the batch."""
-        length, kv, scorer, selector = (getattr(self.policies, name) for name in ("length", "kv", "scorer", "selector"))
-        state = self.state
-        length.before(state)
-        plan = selector.extend(kv.plan(state), state)
+        use, state = self.policies, self.state
+        use.length.before(state)
+        plan = use.selector.extend(use.kv.plan(state), state)
         view = self.executor(plan, state)
-        action = selector.select(view, scorer(view))
+        action = use.selector.select(view, use.scorer(view))
         assert bool((action.commit.any(1) | ~view.eligible.any(1)).all()), "every row with an eligible mask makes progress"
         assert not bool((action.commit & ~view.eligible).any()), "only eligible columns are committed"
-        action = length.adjust(action, view)
+        action = use.length.adjust(action, view)
         action.apply(view)
         state.count_forward(plan.real.sum(1) * self.executor.streams)
-        selector.observe(view, action)
-        kv.observe(view, action)
-        length.after(state)
+        use.selector.observe(view, action)
+        use.kv.observe(view, action)
+        use.length.after(state)
         made = events(state, view, action, self.special)
         self._retire()
         return made
@@ -144,6 +142,12 @@ def decode(
     order = loop.state.request.tolist()
     results = {event.request: event.result for event in loop if event.result is not None}
     return [results[request] for request in order]
+
+
+def check_requests(requests: Sequence[int], prompts: int) -> None:
+    """Raises ValueError unless there is a number of its own for each of the prompts."""
+    if len(requests) != prompts or len(set(requests)) != prompts:
+        raise ValueError(f"requests={list(requests)} must be {prompts} different numbers, one for each prompt.")
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], model: LLaDAModelLM, config: GenerationConfig) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dllm_var.decoding.noise import gumbel
 
-CHUNK_ELEMENTS = 1 << 25  # logits of a chunk: 128 MB in float32
+CHUNK_ELEMENTS = 1 << 24  # logits of a chunk: 64 MB in float32
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,10 @@ Floats = NDArray[np.float32]
 
 
 def uniforms(n: int, *key: int | str) -> Floats:
-    """n numbers U[0, 1), float32, decided by ``key`` alone (Philox keyed with its 128-bit hash); a longer draw extends a shorter."""
+    """n numbers U[0, 1), float32, decided by ``key`` alone; a longer draw extends a shorter.
+
+    Philox keyed with the 128-bit hash of ``key``: the same on every machine and with every release of numpy.
+    """
     digest = blake2b("\x1f".join(map(str, key)).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(n, dtype=np.float32)
 
@@ -59,7 +62,14 @@ class Corrupted:
 
 
 def corrupt(
-    ids: Tensor, response: Tensor, noise: Tensor, t: Tensor, *, mask_id: int, stop: tuple[int, ...], always_mask_eos: bool = True
+    ids: Tensor,
+    response: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    *,
+    mask_id: int,
+    stop: tuple[int, ...],
+    always_mask_eos: bool = True,
 ) -> Corrupted:
     """Replace response tokens by the mask: those whose noise lies below t, and (always) those in the stop set.
 

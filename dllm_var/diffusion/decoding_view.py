@@ -56,7 +56,9 @@ class DecodingView:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: a share lies between 0 and 1.")
         if self.tail_max < 0 or (self.tail_share > 0 and self.tail_max == 0):
-            raise ValueError(f"tail_max={self.tail_max} with tail_share={self.tail_share}: give tail_max >= 1, or tail_share 0.")
+            raise ValueError(
+                f"tail_max={self.tail_max} with tail_share={self.tail_share}: give tail_max >= 1, or tail_share 0."
+            )
         if self.block_share > 0 and (not self.block_lengths or min(self.block_lengths) < 1):
             raise ValueError(f"block_lengths={self.block_lengths}: give block lengths >= 1, or block_share 0.")
 

@@ -12,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSSES = ("plain_mean", "token_sum_global", "elbo")
+LOSSES = ("plain_mean", "token_sum_global", "elbo", "next_token")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Σ w·CE with gradients taken chunk by chunk in the forward, so that one chunk of logits is alive at a time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weight: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weight: Tensor, chunk: int
+    ) -> tuple[Tensor, Tensor]:
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -64,7 +66,7 @@ def masked_cross_entropy(
     if not torch.is_grad_enabled():
         losses = [
             F.cross_entropy((h @ weight.to(h.dtype).T).float(), y, reduction="none")
-            for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+            for h, y in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
         ]
         flat = torch.cat(losses) if len(targets) else torch.zeros(0, device=hidden.device)
         return (flat * token_weight).sum(), flat
@@ -73,18 +75,22 @@ def masked_cross_entropy(
     return total, losses_each
 
 
-def token_weights(loss: str, t: Tensor, *, masked: int, responses: int, masked_global: Tensor | float | None = None) -> Tensor:
+def token_weights(
+    loss: str, t: Tensor, *, masked: int, responses: int, masked_global: Tensor | float | None = None
+) -> Tensor:
     """Weight of each masked position, so that the weighted sum is the loss.
 
     * ``plain_mean`` (dLLM-Var's code): 1 / masked positions of this micro-batch.
     * ``token_sum_global``: 1 / masked positions of the whole optimizer step, over ranks and accumulation steps.
+    * ``next_token``: as plain_mean, where "masked" positions are those that predict a response token from what precedes it
+      (an autoregressive warm-up, or yardstick; there is no forward process then).
     * ``elbo`` (LLaDA, 2502.09992 Eq. 5): 1 / (t · response tokens of this micro-batch).
 
     Args:
         t: mask level of each masked position [M]. masked: M. responses: response tokens, masked or not.
         masked_global: for ``token_sum_global``.
     """
-    if loss == "plain_mean":
+    if loss in ("plain_mean", "next_token"):
         return torch.full_like(t, 1.0 / max(masked, 1), dtype=torch.float32)
     if loss == "token_sum_global":
         if masked_global is None:

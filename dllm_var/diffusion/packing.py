@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dllm_var.diffusion.corruption import uniforms
-from dllm_var.diffusion.decoding_view import Bools, Floats, Ints, Piece
+from dllm_var.diffusion.corruption import Floats, uniforms
+from dllm_var.diffusion.decoding_view import Bools, Ints, Piece
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,12 @@ class Packer:
 
     def add(self, piece: Piece) -> list[Row]:
         """Place one piece; return the rows that are complete now."""
-        if self.single_share > 0.0 and len(piece) <= self.length:
-            if float(uniforms(1, self.seed, self.rows, "single")[0]) < self.single_share:
-                return [self._finish([piece])]
+        if len(piece) <= self.length and self._next_row_is_single():
+            return [self._finish([piece])]
         return self._add_split(piece) if self.mode == "split" else self._add_whole(piece)
+
+    def _next_row_is_single(self) -> bool:
+        return self.single_share > 0.0 and float(uniforms(1, self.seed, self.rows, "single")[0]) < self.single_share
 
     def _add_split(self, piece: Piece) -> list[Row]:
         done: list[Row] = []
@@ -160,5 +162,9 @@ class Packer:
 def cut(piece: Piece, start: int, end: int) -> Piece:
     """The run [start, end) of a piece."""
     return replace(
-        piece, ids=piece.ids[start:end], response=piece.response[start:end], noise=piece.noise[start:end], start=piece.start + start
+        piece,
+        ids=piece.ids[start:end],
+        response=piece.response[start:end],
+        noise=piece.noise[start:end],
+        start=piece.start + start,
     )

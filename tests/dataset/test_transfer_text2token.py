@@ -189,9 +189,11 @@ def test_skipped_lines_are_counted_by_reason_with_their_places(folder, tmp_path,
 def test_samples_longer_than_the_limit_are_counted_and_never_cut(folder, tmp_path, tokenizer_folder):
     run(folder, tmp_path / "all.jsonl", tokenizer_folder)
     everything = read(tmp_path / "all.jsonl")
-    limit = sorted(sample["num_tokens"] for sample in everything)[2]
-    assert run(folder, tmp_path / "short.jsonl", tokenizer_folder, "--max_length", str(limit))[0] == 0
-    assert read(tmp_path / "short.jsonl") == [sample for sample in everything if sample["num_tokens"] <= limit]
+    longest = max(sample["num_tokens"] for sample in everything)
+    assert run(folder, tmp_path / "same.jsonl", tokenizer_folder, "--max_length", str(longest))[0] == 0
+    assert read(tmp_path / "same.jsonl") == everything
+    assert run(folder, tmp_path / "short.jsonl", tokenizer_folder, "--max_length", str(longest - 1))[0] == 0
+    assert read(tmp_path / "short.jsonl") == [sample for sample in everything if sample["num_tokens"] < longest]
     assert summary_of(tmp_path / "short.jsonl")["dropped"] == {"longer than max_length": 1}
 
 
@@ -382,7 +384,7 @@ def test_killed_with_its_workers_running_it_ends_the_same_and_leaves_no_worker_b
     command += ["--tokenizer_model", str(tokenizer_folder), "--num_workers", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: progress.exists() or process.poll() is not None, 120, "the first safe point")
+        wait_until(lambda: progress.exists() or process.poll() is not None, 200, "the first safe point")
         workers = children_of(process)
         assert len(workers) >= 2
     finally:

@@ -1,5 +1,6 @@
 """Properties of every decoding: it ends, rows do not know of each other, and what is counted is true."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -305,8 +306,6 @@ def test_uniform_logits_are_decided_from_left_to_right(rule_model: Any, special:
 
 
 def test_a_bf16_model_decodes_with_float32_confidences(recorded: Pretrained) -> None:
-    from copy import deepcopy
-
     model = deepcopy(recorded.model).to(torch.bfloat16)
     config = GenerationConfig(block_length=8, max_gen_length=16, early_stop=False)
     answer = decode(model, recorded.special, config, [[258, 259, *b"rev abc", 257, 260]])[0]
@@ -317,7 +316,7 @@ def test_a_bf16_model_decodes_with_float32_confidences(recorded: Pretrained) -> 
 
 def test_logits_that_are_not_numbers_are_reported(rule_model: Any, special: Any) -> None:
     model = rule_model(lambda ids, positions: torch.full((*ids.shape, 12), float("nan")))
-    with pytest.raises(ValueError, match="not numbers.*forward 1"):
+    with pytest.raises(ValueError, match=r"not numbers.*forward 1"):
         decode(model, special, GenerationConfig(block_length=2, max_gen_length=4), [[1]])
 
 

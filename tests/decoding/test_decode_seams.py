@@ -55,7 +55,7 @@ def test_a_scorer_can_measure_what_the_loop_does_not(rule_model: Any, special: A
 
 
 class ShadowVerify(Selector):
-    """Asks a second opinion on decided tokens of the block: passing mask columns at their positions; takes back one, once."""
+    """Asks for a second opinion on the block's decided tokens, by passing masks at their positions; takes back one, once."""
 
     def __init__(self) -> None:
         self.opinions: list[list[int]] = []

@@ -247,7 +247,7 @@ def test_gradient_checkpointing_recomputes_and_gives_equal_gradients(make_model:
 
 
 def test_compiled_network_equals_the_plain_one(make_model: MakeModel) -> None:
-    model = make_model(n_kv_heads=2)
+    model = make_model(n_layers=1, n_kv_heads=2)
     mask = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]])
     kv = [KVStore(model.config, 2, 9, 2, torch.float32, "cpu") for _ in range(2)]
     tail = torch.tensor([[7, 8], [7, 8]])

@@ -46,7 +46,9 @@ def test_matching_cases_end_well(replay: Any, capsys: Any) -> None:
         (lambda case: case["trace"].reverse(), "forward 0 fixed positions"),
     ],
 )
-def test_a_difference_in_tokens_forwards_or_order_fails(change: Any, said: str, replay: Any, folder: Any, capsys: Any) -> None:
+def test_a_difference_in_tokens_forwards_or_order_fails(
+    change: Any, said: str, replay: Any, folder: Any, capsys: Any
+) -> None:
     assert replay.main(folder(change)) == 1
     assert said in capsys.readouterr().out
 

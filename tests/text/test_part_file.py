@@ -1,5 +1,6 @@
 """The output is finished or it is not there, and what was appended counts exactly once, wherever the work was stopped."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -79,6 +80,27 @@ def test_stopped_at_any_durable_operation_it_ends_the_same(tmp_path, monkeypatch
         if kills <= number:
             break
     assert kills > 3 * len(LINES), "every append syncs twice and renames once, so there is this much to be stopped at"
+
+
+def test_the_note_never_counts_bytes_that_are_not_on_the_disk_yet(tmp_path, monkeypatch):
+    synced, notes, sync, replace = {}, [], os.fsync, os.replace
+
+    def noted_sync(descriptor):
+        sync(descriptor)
+        seen = os.fstat(descriptor)
+        synced[seen.st_ino] = seen.st_size
+
+    def checked_replace(source, target):
+        if str(target).endswith(".progress.json"):
+            part = target.with_name("out.part").stat()
+            notes.append((json.loads(Path(source).read_text())["part_bytes"], synced[part.st_ino]))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", checked_replace)
+    write(tmp_path / "out")
+    assert [counted for counted, _ in notes] == [4, 8, 14, 19]
+    assert all(counted <= on_disk for counted, on_disk in notes)
 
 
 def test_an_older_output_stays_whole_until_the_new_one_replaces_it(tmp_path, monkeypatch):
