@@ -22,15 +22,22 @@ RUN_FILE = "run.json"
 
 
 class Recorder(TrainerCallback):
-    """Progress bar, one JSON line per log line, and the loss curve at every checkpoint and at the end."""
+    """Progress bar, one JSON line per log line, and the loss curve at every checkpoint and at the end.
+
+    A line's "seconds" count what the run has taken so far, over all its stops.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bar: tqdm[Any] | None = None
+        self.started = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         if state.is_world_process_zero:
             forget_metrics_after(self.folder, state.global_step)
+            self.started = time.monotonic() - max(
+                (line.get("seconds", 0.0) for line in read_metrics(self.folder)), default=0.0
+            )
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
@@ -42,7 +49,7 @@ class Recorder(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        append_metrics(self.folder, state.global_step, logs)
+        append_metrics(self.folder, state.global_step, {**logs, "seconds": round(time.monotonic() - self.started, 1)})
         if self.bar is not None and "loss" in logs:
             shown = {"loss": f"{logs['loss']:.4f}", "lr": f"{logs['learning_rate']:.2e}", "epoch": f"{logs['epoch']:.2f}"}
             self.bar.set_postfix(shown)

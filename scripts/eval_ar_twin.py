@@ -1,0 +1,111 @@
+"""Why: the yardstick of the bundled model: what an autoregressive model of its shape, data and cost can do.
+
+How: train one (``bash scripts/train_tiny.sh RUN`` makes the data and the warm-up, which is such a model, cut short), then
+``python scripts/eval_ar_twin.py --model RUN/warmup/final``. The weights are answered with as a `transformers` Llama,
+greedily, with that library's cache, on the problems of ``scripts/eval_tiny.py``. Prints a table and one JSON line last.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dllm_var import load_pretrained
+from dllm_var.model.llada import LLaDAModelLM
+from dllm_var.text.chat import decode_text, render_prompt
+from dllm_var.text.special_tokens import SpecialTokens
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "dataset"))
+from tiny_corpus import TASKS, fresh_prompts
+
+HELD_OUT_SEED = 20_000  # the problems of scripts/eval_tiny.py
+# Our tensor names → those of transformers' Llama, which rotates by halves too.
+LLAMA_NAMES = {
+    "model.transformer.wte": "model.embed_tokens", "model.transformer.ln_f": "model.norm",
+    "model.transformer.ff_out": "lm_head", "model.transformer.blocks": "model.layers",
+    "attn_norm": "input_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj", "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
+}  # fmt: skip
+
+
+def as_llama(model: LLaDAModelLM, special: SpecialTokens) -> LlamaForCausalLM:
+    """The same weights as a Llama, whose greedy decoding has the library's own cache."""
+    c = model.config
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.embedding_rows, hidden_size=c.d_model, intermediate_size=c.mlp_width, num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads, num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, tie_word_embeddings=False,
+            max_position_embeddings=c.max_sequence_length, bos_token_id=special.bos, eos_token_id=list(special.stop),
+            pad_token_id=special.pad,
+        )
+    )  # fmt: skip
+    renamed = {}
+    for name, value in model.state_dict().items():
+        for ours, theirs in LLAMA_NAMES.items():
+            name = name.replace(ours, theirs)
+        renamed[name] = value
+    llama.load_state_dict(renamed)
+    return llama.eval()
+
+
+@torch.inference_mode()
+def answer(llama: LlamaForCausalLM, tokenizer: Any, special: SpecialTokens, prompts: list[str]) -> list[str | None]:
+    """Greedy answers; None where no stop token came within 256 tokens."""
+    ids = [render_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    width = max(map(len, ids))
+    padded = torch.tensor([[special.pad] * (width - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    made = llama.generate(padded, attention_mask=mask, max_new_tokens=256, do_sample=False)[:, width:].tolist()
+    ends = [next((i for i, token in enumerate(row) if token in special.stop), None) for row in made]
+    return [None if end is None else decode_text(tokenizer, row[:end]) for row, end in zip(made, ends, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a checkpoint trained with loss.name=next_token")
+    parser.add_argument("--prompts", type=int, default=500, help="held-out problems per task")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="also write the JSON line to this file")
+    args = parser.parse_args()
+    try:
+        pretrained = load_pretrained(args.model)
+    except ValueError as error:
+        parser.error(str(error))
+    tokenizer, special = pretrained.tokenizer, pretrained.special
+    llama = as_llama(pretrained.model, special)
+    table, exact = Table("task", "exact match"), {}
+    for task in TASKS:
+        problems = fresh_prompts(task, HELD_OUT_SEED + args.seed, args.prompts)
+        answers: list[str | None] = []
+        for i in range(0, len(problems), 50):
+            answers += answer(llama, tokenizer, special, [p.instruction for p in problems[i : i + 50]])
+        exact[task] = sum(a == p.output for a, p in zip(answers, problems, strict=True)) / len(problems)
+        table.add_row(task, f"{exact[task]:.3f}")
+    mean = sum(exact.values()) / len(exact)
+    table.add_section()
+    table.add_row("mean", f"{mean:.3f}")
+    Console().print(table)
+    line = json.dumps(
+        {
+            "model": args.model,
+            "prompts_per_task": args.prompts,
+            "seed": args.seed,
+            "macro_exact": round(mean, 4),
+            "tasks": exact,
+        }
+    )
+    if args.output is not None:
+        args.output.write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()
