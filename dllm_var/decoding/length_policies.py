@@ -52,7 +52,7 @@ class LengthPolicy:
         if not bool((may_stop | over).any()):
             return
         stopped = state.stopped(self.stop_ids) < state.settled()
-        state.finish(over & ~stopped, LENGTH)
+        state.finish(over, LENGTH)
         state.finish(stopped & (may_stop | over), EOS)
 
 
