@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -47,8 +47,8 @@ def test_there_are_five_hundred_different_held_out_problems(task: str) -> None:
 
 
 def test_asking_for_more_held_out_problems_than_there_are_is_an_error() -> None:
-    with pytest.raises(ValueError, match="task table has no 5000 different"):
-        fresh_prompts("table", 1, 5000)
+    with pytest.raises(ValueError, match="task table has no 900 different"):
+        fresh_prompts("table", 1, 900)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_tables_and_counts_are_right() -> None:
         first, last, step = map(int, problem.content.split(":"))
         numbers = [int(n) for n in problem.output.split()]
         assert (numbers[0], numbers[-1]) == (first, last)
-        assert {b - a for a, b in zip(numbers, numbers[1:], strict=False)} == {step}
+        assert {b - a for a, b in pairwise(numbers)} == {step}
 
 
 def test_the_json_says_what_the_text_says() -> None:

@@ -1,0 +1,48 @@
+"""The bundled model's folder is made from a run's own records."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from dllm_var import load_pretrained
+from dllm_var.model.checkpoint import save_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def finished_run(folder: Path) -> Path:
+    """A run folder as scripts/train_tiny.sh leaves it, with the bundled weights."""
+    model = load_pretrained("tiny")
+    assert model.tokenizer is not None
+    save_model(model.model, folder / "sft" / "final")
+    model.tokenizer.save_pretrained(folder / "sft" / "final")
+    (folder / "warmup").mkdir()
+    (folder / "warmup" / "metrics.jsonl").write_text('{"step": 30, "loss": 2.0, "seconds": 900}\n', encoding="utf-8")
+    (folder / "sft" / "metrics.jsonl").write_text('{"step": 70, "loss": 0.25, "seconds": 2700}\n', encoding="utf-8")
+    facts = {"parameters": 3_049_920, "samples": 1234, "max_steps": 70, "tokens_per_step": 3072, "threads": 2}
+    (folder / "sft" / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    settings = {"packing": {"max_length": 256}, "view": {"block_share": 0.4}}
+    settings |= {name: {} for name in ("forward_process", "loss", "training")}
+    (folder / "sft" / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    score = {"exact": 0.875, "by_eos": 1.0, "right_length": 0.9, "tokens_per_forward": 5.5, "longest": 12}
+    one = {"macro_exact": 0.875, "by_eos": 1.0, "tokens_per_forward": 5.5, "tasks": {"spell": score}}
+    evaluation = {"prompts_per_task": 500, "threshold": 0.9, "settings": {"block 32": one, "no cache": one}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
+    return folder
+
+
+def test_the_card_states_what_the_run_recorded_and_the_folder_opens(tmp_path: Path) -> None:
+    run, output = finished_run(tmp_path / "run"), tmp_path / "bundle"
+    command = [sys.executable, str(ROOT / "scripts" / "bundle_tiny.py"), "--run", str(run), "--output", str(output)]
+    subprocess.run(command, check=True, timeout=120)
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "| spell | 0.875 | 0.875 | 1.000 | 5.5 | 12 |" in card
+    assert "30 steps of next-token prediction" in card.replace("\n", " ")
+    assert "70 steps of masked diffusion" in card.replace("\n", " ")
+    assert "1.0 hours" in card.replace("\n", " ")
+    assert "1,234 samples" in card
+    assert len(json.loads((output / "examples.json").read_text(encoding="utf-8"))) == 6
+    assert load_pretrained(output).model.num_parameters() == 3_049_920
