@@ -51,9 +51,9 @@ problem in {held_out} is held out by the hash of its content, whatever its wordi
 
 ## Recipe
 
-`bash scripts/train_tiny.sh`, from random weights, at commit {commit}: {warmup:,} steps of next-token prediction under a
-causal mask (a head start), then {steps:,} steps of masked diffusion, {tokens_per_step:,} positions a step ({trained:,} in
-all, prompts and masks included), loss {loss:.4f} at the end, {hours:.1f} hours on {threads} threads of a shared CPU.
+`bash scripts/train_tiny.sh`, from random weights, at commit {commit}: {steps:,} optimizer steps of {tokens_per_step:,}
+positions ({trained:,} in all, prompts and masks included), loss {loss:.4f} at the end, {hours:.1f} hours on {threads}
+threads of a shared CPU.
 
 ```yaml
 {recipe}```
@@ -78,10 +78,9 @@ def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
     facts, settings = read_json(run / "sft" / "run.json"), yaml.safe_load((run / "sft" / "config.yaml").read_text("utf-8"))
     metrics = [json.loads(line) for line in (run / "sft" / "metrics.jsonl").read_text("utf-8").splitlines()]
     losses = [line["loss"] for line in metrics if "loss" in line]
-    warmup = [json.loads(line) for line in (run / "warmup" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    seconds = warmup[-1]["seconds"] + metrics[-1]["seconds"]
     names = list(evaluation["settings"])
     first = evaluation["settings"][names[0]]["tasks"]
+    seconds = max(line["seconds"] for line in metrics if "seconds" in line)
     rows = []
     for task in first:
         exact = " | ".join(f"{evaluation['settings'][name]['tasks'][task]['exact']:.3f}" for name in names)
@@ -96,9 +95,9 @@ def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
         columns=" | ".join(names), rule="---|" * len(names), table="\n".join(rows),
         tasks="\n".join(f"* `{name}`: {(make.__doc__ or '').strip()}" for name, make in TASKS.items()),
         samples=facts["samples"], held_out=HELD_OUT_SHARE, commit=commit,
-        steps=facts["max_steps"], warmup=warmup[-1]["step"],
+        steps=facts["max_steps"],
         tokens_per_step=facts["tokens_per_step"],
-        trained=(warmup[-1]["step"] + facts["max_steps"]) * facts["tokens_per_step"],
+        trained=facts["max_steps"] * facts["tokens_per_step"],
         loss=sum(losses[-20:]) / len(losses[-20:]), hours=seconds / 3600, threads=facts["threads"],
         recipe=yaml.safe_dump(recipe, sort_keys=False), block_share=settings["view"]["block_share"],
     )  # fmt: skip

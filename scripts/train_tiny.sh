@@ -25,22 +25,16 @@ done
 # Large freed buffers stay with the process: page faults would otherwise cost a tenth of the time.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 export OMP_NUM_THREADS="$threads"
-shape=(model.tokenizer="$run/start" dataset.files="$run/train.jsonl" packing.max_length=256
-  training.local_batch_size=12 training.grad_accum_steps=1 training.optimizer=muon training.learning_rate=5e-3
-  'training.betas=[0.9,0.98]' training.weight_decay=0.05 training.compile=true training.threads="$threads" training.seed=1
-  training.save_steps=250 training.save_total_limit=2 training.logging_steps=10)
-
-# A short autoregressive warm-up of the same weights: every response token is a label, so that copying and arithmetic are
-# there long before masked training alone would find them.
-if [[ ! -e "$run/warmup/final/config.json" ]]; then
-  "$python" "$root/sft_training/sft.py" "${shape[@]}" model=scratch model.config="$run/start" loss.name=next_token \
-    view.tail_share=0 view.tail_max=0 training.schedule=constant training.warmup_steps=50 \
-    training.max_steps="${WARMUP_STEPS:-1600}" output_dir="$run/warmup"
-fi
-"$python" "$root/sft_training/sft.py" "${shape[@]}" model=tiny model.path="$run/warmup/final" model.final_dtype=bf16 \
-  view.tail_share=0.8 view.tail_max=32 view.block_share=0.4 packing.single_share=0.1 \
+"$python" "$root/sft_training/sft.py" \
+  model=scratch model.config="$run/start" model.tokenizer="$run/start" model.final_dtype=bf16 \
+  dataset.files="$run/train.jsonl" \
+  packing.max_length=256 packing.single_share=0.1 \
+  view.tail_share=0.8 view.tail_max=32 view.block_share=0.4 'view.block_lengths=[8,16,32,64]' \
   forward_process.t_per=sample forward_process.t_max=1.0 \
-  training.schedule=wsd training.warmup_steps=100 training.max_steps=4000 training.decay_steps=2000 \
+  training.local_batch_size=24 training.grad_accum_steps=1 training.optimizer=muon training.learning_rate=3e-3 \
+  'training.betas=[0.9,0.98]' training.schedule=wsd training.warmup_steps=100 training.max_steps=2750 \
+  training.decay_steps=1450 training.compile=true training.threads="$threads" training.seed=1 \
+  training.save_steps=250 training.save_total_limit=2 training.logging_steps=10 \
   output_dir="$run/sft" "$@"
 
 if [[ -n "${TRAIN_ONLY:-}" ]]; then exit; fi # scripts/study_surroundings.sh measures for itself

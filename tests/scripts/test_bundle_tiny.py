@@ -19,9 +19,7 @@ def finished_run(folder: Path) -> Path:
     assert model.tokenizer is not None
     save_model(model.model, folder / "sft" / "final")
     model.tokenizer.save_pretrained(folder / "sft" / "final")
-    (folder / "warmup").mkdir()
-    (folder / "warmup" / "metrics.jsonl").write_text('{"step": 30, "loss": 2.0, "seconds": 900}\n', encoding="utf-8")
-    (folder / "sft" / "metrics.jsonl").write_text('{"step": 70, "loss": 0.25, "seconds": 2700}\n', encoding="utf-8")
+    (folder / "sft" / "metrics.jsonl").write_text('{"step": 70, "loss": 0.25, "seconds": 3600}\n', encoding="utf-8")
     facts = {"parameters": 3_049_920, "samples": 1234, "max_steps": 70, "tokens_per_step": 3072, "threads": 2}
     (folder / "sft" / "run.json").write_text(json.dumps(facts), encoding="utf-8")
     settings = {"packing": {"max_length": 256}, "view": {"block_share": 0.4}}
@@ -40,8 +38,7 @@ def test_the_card_states_what_the_run_recorded_and_the_folder_opens(tmp_path: Pa
     subprocess.run(command, check=True, timeout=120)
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "| spell | 0.875 | 0.875 | 1.000 | 5.5 | 12 |" in card
-    assert "30 steps of next-token prediction" in card.replace("\n", " ")
-    assert "70 steps of masked diffusion" in card.replace("\n", " ")
+    assert "70 optimizer steps of 3,072 positions" in card.replace("\n", " ")
     assert "1.0 hours" in card.replace("\n", " ")
     assert "1,234 samples" in card
     assert len(json.loads((output / "examples.json").read_text(encoding="utf-8"))) == 6
