@@ -23,4 +23,4 @@ if [[ -t 0 ]]; then
     exec "${demo[@]}" "$@"
 fi
 echo "No terminal to read from: asking three questions, with a short, a longer and a long answer."
-printf '%s\n' "Write 4072 in words." "What is 358 + 467? Show your work." "Count from 5 to 60." | "${demo[@]}" "$@"
+printf '%s\n' "Write 4072 in words." "Add 512 and 341. Show each column." "List 12 times each number from 11 to 14." | "${demo[@]}" "$@"

@@ -103,8 +103,8 @@ COMMANDS: dict[str, Callable[[str, Path], None]] = {
     "bash scripts/test.sh": Script("runs this very test"),
     "source .venv/bin/activate": Nothing("the tests already run inside an environment"),
     'python demo_dLLM-var.py --prompt "Write 4072 in words." --plain': Run(prints="seventy"),
-    'echo "What is 358 + 467? Show your work." | python demo_dLLM-var.py --plain --max_gen_length 256 --block_length 32 '
-    "--threshold 0.9": Run(prints="825"),
+    'echo "Spell out the number 6152." | python demo_dLLM-var.py --plain --max_gen_length 256 --block_length 32 '
+    "--threshold 0.9": Run(prints="one hundred fifty-two"),
     "python demo_dLLM-var.py --model maomaocun/dLLM-Var": Options("16 GB from the network, and a GPU"),
     "bash scripts/train_tiny.sh": Script("takes hours"),
     "python scripts/eval_tiny.py": Run("--prompts 2 --tasks spell --settings 'block 32'", prints="{"),
