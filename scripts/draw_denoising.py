@@ -4,6 +4,7 @@ How: ``python scripts/draw_denoising.py --output scripts/denoising.svg [--prompt
 """
 
 import argparse
+import io
 from pathlib import Path
 
 from rich.console import Console
@@ -38,11 +39,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="SVG file to write")
     parser.add_argument("--model", default="tiny", help="folder of a checkpoint; default the bundled model")
-    parser.add_argument("--prompt", default="Write 4072 in words.")
+    parser.add_argument("--prompt", default="How do you say 90210 in English?")
     parser.add_argument("--block_length", type=int, default=16)
     parser.add_argument("--threshold", type=float, default=0.9)
     args = parser.parse_args()
-    console = Console(record=True, width=110, quiet=True)
+    console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
     config = dllm_var.GenerationConfig(block_length=args.block_length, threshold=args.threshold)
     console.print(picture(dllm_var.load_pretrained(args.model), args.prompt, config))
     args.output.write_text(console.export_svg(title=f"“{args.prompt}” one line per forward"), encoding="utf-8")
