@@ -43,7 +43,7 @@ def test_an_answer_counts_only_when_it_is_exact_and_ended_by_the_model() -> None
     problems = [Problem("spell", str(i), "?", "four") for i in range(4)]
     answers = [answered("four"), answered("four", "length"), answered("four"), answered("fou")]
     score = Score.of(problems, answers)
-    assert (score.exact, score.by_eos, score.right_length) == (0.25, 0.75, 0.75)
+    assert (score.exact, score.by_eos, score.right_length) == (0.5, 0.75, 0.75)
     assert score.tokens_per_forward == pytest.approx((5 + 4 + 5 + 4) / 8)
     assert score.longest == 5
 
