@@ -67,7 +67,7 @@ def stream(
     """
     ids = _prompt_ids(model, prompts)
     for event in DecodeLoop(model.model, model.special, config or GenerationConfig(), ids, requests):
-        yield _event_with_text(model, event)
+        yield event_with_text(model, event)
 
 
 def _prompt_ids(model: Pretrained, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -80,7 +80,8 @@ def _with_text(tokenizer: PreTrainedTokenizerBase | None, answer: Generation) ->
     return answer if tokenizer is None else replace(answer, text=decode_text(tokenizer, answer.tokens))
 
 
-def _event_with_text(model: Pretrained, event: Event) -> Event:
+def event_with_text(model: Pretrained, event: Event) -> Event:
+    """The event with its settled and provisional text; as it is where there is no tokenizer."""
     tokenizer, mask = model.tokenizer, model.special.mask
     if tokenizer is None:
         return event

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import dllm_var.pretrained
-from dllm_var import GenerationConfig, Pretrained, generate, load_pretrained, stream
-from dllm_var.generation import MASK_SIGN
+from dllm_var import Event, GenerationConfig, Pretrained, generate, load_pretrained, stream
+from dllm_var.generation import MASK_SIGN, event_with_text
 from dllm_var.text.chat import decode_text, render_prompt
 
 CONFIG = GenerationConfig(block_length=8, max_gen_length=24, threshold=0.6)
@@ -71,14 +71,24 @@ def test_the_events_of_a_stream_add_up_to_the_answer(chat: Pretrained) -> None:
         assert MASK_SIGN in mine[0].provisional
 
 
-def test_settled_text_ends_at_the_first_mask_and_never_shows_half_a_character(chat: Pretrained) -> None:
+def test_settled_text_ends_at_the_first_mask_and_provisional_text_at_the_first_stop_token(chat: Pretrained) -> None:
     for event in stream(chat, ["rep xy 3", "count 9"], CONFIG):
         assert event.text is not None
-        assert not event.text.endswith("\ufffd")
         assert MASK_SIGN not in event.text
         assert event.settled <= event.length <= len(event.response)
         assert chat.special.mask not in event.response[: event.settled]
         assert not set(event.response[: event.length]) & set(chat.special.stop)
+
+
+def test_a_character_whose_bytes_are_not_all_decided_is_not_shown_as_settled(chat: Pretrained) -> None:
+    first, second = "é".encode()
+    for response, settled, text, provisional in (
+        ([104, first, 270, 105], 2, "h", "░i"),
+        ([104, first, second, 270], 3, "hé", "░"),
+    ):
+        bare = Event(0, 0, (), (), (), response=response, length=4, settled=settled)
+        shown = event_with_text(chat, bare)
+        assert (shown.text, shown.provisional) == (text, provisional)
 
 
 def test_without_a_tokenizer_ids_are_answered_with_ids(recorded: Pretrained) -> None:
