@@ -122,6 +122,7 @@ class Terminal:
     def __init__(self, folder: Path) -> None:
         self.master, slave = pty.openpty()
         self.seen = ""
+        self.found = 0  # everything before was looked through: one piece of output may hold two signs
         self.process = subprocess.Popen(
             [sys.executable, str(DEMO), "--model", str(folder), "--max_gen_length", "400", "--block_length", "4"],
             stdin=slave,
@@ -133,11 +134,11 @@ class Terminal:
         os.close(slave)
 
     def read_until(self, sign: str) -> None:
-        start = len(self.seen)
-        while sign not in self.seen[start:]:
+        while sign not in self.seen[self.found :]:
             ready, _, _ = select.select([self.master], [], [], 120)
             assert ready, f"{sign!r} did not come after {self.seen!r}"
             self.seen += os.read(self.master, 4096).decode(errors="replace")
+        self.found = self.seen.index(sign, self.found) + len(sign)
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
