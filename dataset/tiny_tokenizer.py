@@ -24,7 +24,7 @@ SAMPLES = 40_000  # more of them change nothing: the corpus has few different wo
 
 # 3.0 M parameters. Rows of training are much shorter than max_sequence_length, which only says how far decoding may go.
 SHAPE = {
-    "d_model": 192, "n_layers": 6, "n_heads": 3, "n_kv_heads": 3, "mlp_hidden_size": 512, "mlp_ratio": 4,
+    "d_model": 192, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "mlp_hidden_size": 512, "mlp_ratio": 4,
     "vocab_size": VOCABULARY, "embedding_size": VOCABULARY, "max_sequence_length": 2048, "rope": True,
     "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "weight_tying": False, "block_type": "llama",
     "layer_norm_type": "rms", "activation_type": "silu",

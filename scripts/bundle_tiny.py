@@ -9,14 +9,12 @@ import argparse
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "dataset"))
-from tiny_corpus import HELD_OUT_SHARE, TASKS, problems
+from dataset.tiny_corpus import HELD_OUT_SHARE, TASKS, problems
 
 # One prompt per task for the demo's banner, none of them from the training part.
 EXAMPLE_SEED = 77

@@ -9,7 +9,6 @@ one JSON line last.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dataset.tiny_corpus import TASKS, fresh_prompts
 from dllm_var import load_pretrained
 from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.text.chat import decode_text, render_prompt
 from dllm_var.text.special_tokens import SpecialTokens
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "dataset"))
-from tiny_corpus import TASKS, fresh_prompts
 
 HELD_OUT_SEED = 20_000  # the problems of scripts/eval_tiny.py
 # Our tensor names → those of transformers' Llama, which rotates by halves too.

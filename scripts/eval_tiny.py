@@ -8,7 +8,6 @@ right one character for character *and* was ended by the model itself.
 import argparse
 import json
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import dllm_var
+from dataset.tiny_corpus import TASKS, Problem, fresh_prompts
 from dllm_var import Generation, GenerationConfig, Pretrained
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "dataset"))
-from tiny_corpus import TASKS, Problem, fresh_prompts
 
 HELD_OUT_SEED = 20_000  # training draws with small seeds; the held-out part is disjoint whatever the seed
 

@@ -28,12 +28,12 @@ export OMP_NUM_THREADS="$threads"
 "$python" "$root/sft_training/sft.py" \
   model=scratch model.config="$run/start" model.tokenizer="$run/start" model.final_dtype=bf16 \
   dataset.files="$run/train.jsonl" \
-  packing.max_length=256 packing.single_share=0.1 \
-  view.tail_share=0.8 view.tail_max=32 view.block_share=0.4 'view.block_lengths=[8,16,32,64]' \
-  forward_process.t_per=sample forward_process.t_max=1.0 \
-  training.local_batch_size=24 training.grad_accum_steps=1 training.optimizer=muon training.learning_rate=3e-3 \
-  'training.betas=[0.9,0.98]' training.schedule=wsd training.warmup_steps=100 training.max_steps=2750 \
-  training.decay_steps=1450 training.compile=true training.threads="$threads" training.seed=1 \
+  packing.max_length=256 packing.attention=sample \
+  view.tail_share=0.8 view.tail_max=32 view.block_share=0.5 'view.block_lengths=[8,16,32,64]' \
+  forward_process.t_per=sample forward_process.t_min=0.2 forward_process.t_max=1.0 \
+  training.local_batch_size=12 training.grad_accum_steps=1 training.optimizer=muon training.learning_rate=6e-3 \
+  'training.betas=[0.9,0.98]' training.schedule=wsd training.warmup_steps=100 training.max_steps=20000 \
+  training.decay_steps=10000 training.compile=true training.threads="$threads" training.seed=1 \
   training.save_steps=250 training.save_total_limit=2 training.logging_steps=10 \
   output_dir="$run/sft" "$@"
 

@@ -137,5 +137,6 @@ def build_collate(config: SftConfig, special: SpecialTokens) -> Collate:
         mask_id=special.mask,
         stop=special.stop,
         next_token=config.loss.name == "next_token",
-        always_real=config.packing.mode == "whole" or config.packing.single_share > 0,
+        always_real=config.packing.mode == "whole",
+        within_sample=config.packing.attention == "sample",
     )

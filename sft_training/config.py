@@ -14,6 +14,7 @@ from dllm_var.diffusion.packing import Packer
 
 SCHEDULES = ("linear", "constant", "wsd")
 OPTIMIZERS = ("adamw", "muon")
+ATTENTIONS = ("full", "sample")
 PRECISIONS = ("auto", "fp32", "bf16")
 USUAL_PASSES = 3  # of LLaDA's SFT (2502.09992)
 
@@ -40,7 +41,7 @@ class PackingSection:
     max_length: int = 1024
     mode: str = "whole"
     open_rows: int = 8
-    single_share: float = 0.0
+    attention: str = "full"
 
 
 @dataclass
@@ -147,6 +148,7 @@ def check(config: SftConfig) -> None:
     config.view_settings()
     config.process_settings()
     Packer(**_packing(config))
+    _choice("packing.attention", config.packing.attention, ATTENTIONS)
     _choice("loss.name", config.loss.name, LOSSES)
     _choice("precision.dtype", config.precision.dtype, PRECISIONS)
     _choice("model.final_dtype", config.model.final_dtype, ("fp32", "bf16"))
@@ -206,8 +208,6 @@ def _packing(config: SftConfig) -> dict[str, Any]:
         "length": section.max_length,
         "mode": section.mode,
         "open_rows": section.open_rows,
-        "single_share": section.single_share,
-        "seed": config.training.seed,
     }
 
 

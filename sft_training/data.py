@@ -174,7 +174,7 @@ class RowStream(IterableDataset[Row]):
     def _settings(self) -> dict[str, Any]:
         packer = self._start.packer
         view = {**vars(self.view), "block_lengths": list(self.view.block_lengths)}
-        packing = [packer.length, packer.mode, packer.open_rows, packer.single_share]
+        packing = [packer.length, packer.mode, packer.open_rows]
         return {"seed": self.seed, "shuffle_seed": self.shuffle_seed, "view": view, "packing": packing}
 
 
@@ -194,7 +194,8 @@ class Collate:
     """Rows → one corrupted micro-batch. Corruption happens here, when a batch is fetched, and nowhere else.
 
     Returns tensors noisy, clean int64 [B, L], masked bool [B, L], t float32 [B, L], real bool [B, L] or None when no row is
-    padded, and `Counts`. With ``always_real`` there is always a tensor, so that a compiled network is compiled once.
+    padded, sees bool [B, L, L] (which position sees which) or None when all see all, and `Counts`. With ``always_real``
+    there is always a tensor of real ones, so that a compiled network is compiled once.
     With ``next_token`` nothing is corrupted: "clean" holds the token that follows each position, "masked" the positions that
     a response token follows.
     """
@@ -208,9 +209,10 @@ class Collate:
         stop: tuple[int, ...],
         always_real: bool = False,
         next_token: bool = False,
+        within_sample: bool = False,
     ) -> None:
         self.process, self.seed, self.mask_id, self.stop = process, seed, mask_id, stop
-        self.always_real, self.next_token = always_real, next_token
+        self.always_real, self.next_token, self.within_sample = always_real, next_token, within_sample
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor | Counts | None]:
         clean = torch.from_numpy(np.stack([row.ids for row in rows]))
@@ -228,7 +230,20 @@ class Collate:
             eos=int(eos.sum()),
         )
         seen = real if self.always_real or not bool(real.all()) else None
-        return {"noisy": made.noisy, "clean": targets, "masked": made.masked, "t": made.t, "real": seen, "counts": counts}
+        return {
+            "noisy": made.noisy, "clean": targets, "masked": made.masked, "t": made.t, "real": seen,
+            "sees": self._sees(rows), "counts": counts,
+        }  # fmt: skip
+
+    def _sees(self, rows: Sequence[Row]) -> Tensor | None:
+        length, sees = len(rows[0].ids), None
+        if self.within_sample:
+            sample = torch.from_numpy(np.stack([row.sample for row in rows]))
+            sees = sample[:, :, None] == sample[:, None, :]
+        if self.next_token:
+            causal = torch.ones(length, length, dtype=torch.bool).tril().expand(len(rows), -1, -1)
+            sees = causal if sees is None else causal & sees
+        return sees
 
     @staticmethod
     def _predict_next(clean: Tensor, response: Tensor) -> Corrupted:

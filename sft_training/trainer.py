@@ -98,12 +98,12 @@ class SftTrainer(Trainer):
             each.append(losses)
             return total
 
-        causal = None
-        if self.config.loss.name == "next_token":
-            rows, length = inputs["noisy"].shape
-            causal = torch.ones(length, length, dtype=torch.bool, device=masked.device).tril().expand(rows, -1, -1)
         outputs = model(
-            input_ids=inputs["noisy"], attention_mask=inputs["real"], query_mask=causal, logits_for=masked, project=project
+            input_ids=inputs["noisy"],
+            attention_mask=inputs["real"],
+            query_mask=inputs["sees"],
+            logits_for=masked,
+            project=project,
         )
         loss = outputs["logits"]
         if num_items_in_batch is not None:

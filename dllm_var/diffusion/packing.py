@@ -1,4 +1,7 @@
-"""Many samples into rows of one fixed length, under full attention: no mask between samples, no position restart.
+"""Many samples into rows of one fixed length; positions run on from sample to sample.
+
+In the published recipe attention is full: no mask stands between samples. `Row.sample` is there for the alternative, where
+each sample sees itself alone.
 
 Called by ``sft_training/data.py``. `Packer` is a small state machine over pieces (`dllm_var.diffusion.decoding_view`):
 `add` takes one and returns the rows it completed; `state` holds the unfinished rest, so that a resumed run packs the
@@ -12,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dllm_var.diffusion.corruption import Floats, uniforms
+from dllm_var.diffusion.corruption import Floats
 from dllm_var.diffusion.decoding_view import Bools, Ints, Piece
 
 
@@ -35,6 +38,12 @@ class Row:
     level: Floats
     pieces: tuple[tuple[str, int, int, int], ...]
 
+    @property
+    def sample(self) -> Ints:
+        """Which piece each position belongs to, [L]: 0, 1, …; −1 for padding."""
+        runs = [np.full(n, i) for i, (_, _, n, _) in enumerate(self.pieces)]
+        return np.concatenate([*runs, np.full(int((~self.real).sum()), -1)])
+
 
 @dataclass
 class Packer:
@@ -45,11 +54,7 @@ class Packer:
     * ``whole``: no piece is cut. A piece goes to the fullest of up to ``open_rows`` unfinished rows that still holds it;
       what stays free at the end of a row is padding, which nothing attends to.
 
-    In both modes a share of the rows can be kept for one piece alone, which is what decoding sees: the row that is
-    finished next is such a row or not by a draw keyed with (seed, row number), and takes the next piece that fits.
-
     Attributes:
-        single_share: share of the rows that hold one piece only. seed: of their draws.
         dropped: pieces longer than a row, which ``whole`` cannot place (counted, and reported by the caller).
     """
 
@@ -57,8 +62,6 @@ class Packer:
     mode: str = "whole"
     pad_id: int = 0
     open_rows: int = 8
-    single_share: float = 0.0
-    seed: int = 0
     rows: int = 0
     dropped: int = 0
     open: list[list[Piece]] = field(default_factory=list)
@@ -70,17 +73,10 @@ class Packer:
             raise ValueError(f"max_length={self.length}: a row needs at least 2 tokens.")
         if self.open_rows < 1:
             raise ValueError(f"open_rows={self.open_rows}: at least 1 row must be open.")
-        if not 0.0 <= self.single_share <= 1.0:
-            raise ValueError(f"single_share={self.single_share}: a share lies between 0 and 1.")
 
     def add(self, piece: Piece) -> list[Row]:
         """Place one piece; return the rows that are complete now."""
-        if len(piece) <= self.length and self._next_row_is_single():
-            return [self._finish([piece])]
         return self._add_split(piece) if self.mode == "split" else self._add_whole(piece)
-
-    def _next_row_is_single(self) -> bool:
-        return self.single_share > 0.0 and float(uniforms(1, self.seed, self.rows, "single")[0]) < self.single_share
 
     def _add_split(self, piece: Piece) -> list[Row]:
         done: list[Row] = []

@@ -33,10 +33,10 @@ def tokens(rows: Sequence[Row]) -> list[int]:
 lengths_strategy = st.lists(st.integers(1, 40), max_size=60)
 
 
-@given(lengths_strategy, st.integers(2, 30), st.sampled_from([0.0, 0.4]))
+@given(lengths_strategy, st.integers(2, 30))
 @settings(max_examples=100, deadline=None)
-def test_split_keeps_every_token_of_every_sample_exactly_once(lengths: list[int], length: int, single: float) -> None:
-    rows = pack(Packer(length, "split", PAD, single_share=single), lengths)
+def test_split_keeps_every_token_of_every_sample_exactly_once(lengths: list[int], length: int) -> None:
+    rows = pack(Packer(length, "split", PAD), lengths)
     assert tokens(rows) == sorted(1000 * i + j for i, n in enumerate(lengths) for j in range(n))
 
 
@@ -50,12 +50,10 @@ def test_split_rows_are_full_but_for_the_last(lengths: list[int]) -> None:
     ]
 
 
-@given(lengths_strategy, st.integers(1, 6), st.sampled_from([0.0, 0.4]))
+@given(lengths_strategy, st.integers(1, 6))
 @settings(max_examples=100, deadline=None)
-def test_whole_never_cuts_a_sample_and_counts_those_that_do_not_fit(
-    lengths: list[int], open_rows: int, single: float
-) -> None:
-    packer = Packer(24, "whole", PAD, open_rows, single)
+def test_whole_never_cuts_a_sample_and_counts_those_that_do_not_fit(lengths: list[int], open_rows: int) -> None:
+    packer = Packer(24, "whole", PAD, open_rows)
     rows = pack(packer, lengths)
     fitting = [(i, n) for i, n in enumerate(lengths) if n <= 24]
     assert packer.dropped == len(lengths) - len(fitting)
@@ -67,14 +65,14 @@ def test_whole_never_cuts_a_sample_and_counts_those_that_do_not_fit(
             assert row.ids[start : start + size].tolist() == [1000 * number + j for j in range(size)]
 
 
-@given(lengths_strategy, st.sampled_from(["split", "whole"]), st.integers(0, 60), st.sampled_from([0.0, 0.5]))
+@given(lengths_strategy, st.sampled_from(["split", "whole"]), st.integers(0, 60))
 @settings(max_examples=80, deadline=None)
-def test_a_restored_packer_gives_the_same_rows(lengths: list[int], mode: str, at: int, single: float) -> None:
+def test_a_restored_packer_gives_the_same_rows(lengths: list[int], mode: str, at: int) -> None:
     at = min(at, len(lengths))
-    packer = Packer(20, mode, PAD, 3, single, seed=7)
+    packer = Packer(20, mode, PAD, 3)
     for number, length in enumerate(lengths[:at]):
         packer.add(piece(number, length))
-    restored = Packer(20, mode, PAD, 3, single, seed=7)
+    restored = Packer(20, mode, PAD, 3)
     restored.restore(json.loads(json.dumps(packer.state())))
     frozen, before = packer.snapshot(), json.dumps(packer.state())
     for number, length in enumerate(lengths[at:], start=at):
@@ -118,31 +116,24 @@ def test_whole_puts_a_piece_into_the_fullest_row_that_holds_it() -> None:
     assert {tuple(key for key, *_ in row.pieces) for row in rows} == {("s0",), ("s1", "s3"), ("s2", "s4")}
 
 
-@pytest.mark.parametrize("mode", ["whole", "split"])
-def test_the_share_of_rows_with_one_sample_only_is_the_configured_one(mode: str) -> None:
-    rows = pack(Packer(40, mode, PAD, single_share=0.3), [4] * 12_000)[:-8]
-    alone = sum(len(row.pieces) == 1 for row in rows) / len(rows)
-    assert len(rows) > 1000
-    assert abs(alone - 0.3) < 0.05
-
-
-def test_lone_samples_are_no_longer_or_shorter_than_the_others() -> None:
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 30, 6000).tolist()
-    rows = pack(Packer(60, "whole", PAD, single_share=0.5), lengths)
-    alone = [row.pieces[0][2] for row in rows if len(row.pieces) == 1]
-    assert abs(np.mean(alone) - np.mean(lengths)) < 1.0
+@given(lengths_strategy, st.sampled_from(["whole", "split"]))
+@settings(max_examples=30, deadline=None)
+def test_every_position_knows_its_sample_and_padding_has_none(lengths: list[int], mode: str) -> None:
+    for row in pack(Packer(24, mode, PAD), lengths):
+        assert (row.sample >= 0).tolist() == row.real.tolist()
+        for number, (key, first, length, _) in enumerate(row.pieces):
+            assert set(row.sample[first : first + length].tolist()) == {number}
+            assert {int(token) // 1000 for token in row.ids[row.sample == number]} == {int(key[1:])}
 
 
 def test_rows_are_numbered_in_the_order_in_which_they_are_finished() -> None:
-    rows = pack(Packer(12, "whole", PAD, open_rows=2, single_share=0.3), [5, 9, 3, 8, 8, 2, 11, 4, 4] * 5)
+    rows = pack(Packer(12, "whole", PAD, open_rows=2), [5, 9, 3, 8, 8, 2, 11, 4, 4] * 5)
     assert [row.index for row in rows] == list(range(len(rows)))
 
 
 @pytest.mark.parametrize(
     ("bad", "named"),
-    [({"mode": "best"}, "packing='best'"), ({"length": 1}, "max_length=1"), ({"open_rows": 0}, "open_rows=0"),
-     ({"single_share": 2.0}, "single_share=2.0")],
+    [({"mode": "best"}, "packing='best'"), ({"length": 1}, "max_length=1"), ({"open_rows": 0}, "open_rows=0")],
 )  # fmt: skip
 def test_impossible_settings_are_refused_by_name(bad: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):

@@ -13,13 +13,13 @@ from accelerate.data_loader import IterableDatasetShard
 
 from dllm_var.diffusion.packing import Row
 from dllm_var.text.special_tokens import SpecialTokens
-from sft_training.build import build_collate, build_stream
+from sft_training.build import build_collate, build_model, build_stream
 from sft_training.config import SftConfig
 from sft_training.data import RowStream
 
 SPECIAL = SpecialTokens(mask=270, eos=256, pad=256, eot=257, bos=258)
 LENGTHS = [3 + (7 * i) % 23 for i in range(60)]
-EVERYTHING = ("view.tail_share=0.5", "view.tail_max=6", "view.block_share=0.3", "packing.single_share=0.3")
+EVERYTHING = ("view.tail_share=0.5", "view.tail_max=6", "view.block_share=0.3")
 
 Make = Callable[..., RowStream]
 
@@ -195,3 +195,25 @@ def test_packed_split_rows_need_no_attention_mask_and_whole_rows_have_one(make: 
         rows = list(islice(make(f"packing.mode={mode}"), 4))
         real = build_collate(settings(Path("unused.jsonl"), f"packing.mode={mode}"), SPECIAL)(rows)["real"]
         assert (real is None) == (mode == "split")
+
+
+@pytest.mark.parametrize("loss", ["plain_mean", "next_token"])
+def test_with_attention_per_sample_a_packed_row_says_of_each_sample_what_it_says_of_it_alone(
+    settings: Callable[..., SftConfig], write_samples: Callable[..., Path], loss: str
+) -> None:
+    config = settings(
+        write_samples(LENGTHS), "packing.attention=sample", "packing.max_length=64", f"loss.name={loss}",
+        *(("view.tail_share=0", "view.tail_max=0") if loss == "next_token" else EVERYTHING),
+    )  # fmt: skip
+    rows = list(islice(build_stream(config, 288, SPECIAL), 3))
+    batch = build_collate(config, SPECIAL)(rows)
+    model = build_model(config).eval()
+    assert max(len(row.pieces) for row in rows) > 1
+    with torch.no_grad():
+        packed = model(batch["noisy"], attention_mask=batch["real"], query_mask=batch["sees"]).logits
+        for number, row in enumerate(rows):
+            for _, first, length, _ in row.pieces:
+                at = slice(first, first + length)
+                causal = torch.ones(1, length, length, dtype=torch.bool).tril() if loss == "next_token" else None
+                alone = model(batch["noisy"][number : number + 1, at], query_mask=causal).logits
+                torch.testing.assert_close(packed[number, at], alone[0], atol=1e-4, rtol=1e-4)

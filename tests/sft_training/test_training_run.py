@@ -63,7 +63,7 @@ def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(
     settings: Settings, write_samples: Any, optimizer: str
 ) -> None:
     files = write_samples(LENGTHS)
-    options = (f"training.optimizer={optimizer}", "view.tail_share=0.5", "view.tail_max=8", "packing.single_share=0.2")
+    options = (f"training.optimizer={optimizer}", "view.tail_share=0.5", "view.tail_max=8", "packing.attention=sample")
     whole = settings(files, *options, "training.save_steps=2", output="whole")
     train(whole)
     stopped = settings(files, *options, "training.save_steps=2", output="stopped")
@@ -87,7 +87,7 @@ def test_learning_a_few_samples_by_heart_makes_greedy_decoding_repeat_them_and_s
     pairs = [("a", "one"), ("b", "two and two"), ("c", "three"), ("d", "44 is four four"), ("e", "5"), ("f", "six!"),
              ("g", "seven up"), ("h", "at eight")]  # fmt: skip
     config = settings(
-        write_chat(pairs), "packing.max_length=64", "packing.single_share=1.0", "view.tail_share=0.9", "view.tail_max=24",
+        write_chat(pairs), "packing.max_length=64", "packing.attention=sample", "view.tail_share=0.9", "view.tail_max=24",
         "training.local_batch_size=8", "training.grad_accum_steps=1", "training.max_steps=300", "training.warmup_steps=10",
         "training.learning_rate=1e-2", "training.optimizer=muon", "training.logging_steps=50", "training.weight_decay=0",
         "forward_process.t_max=1.0", "training.save_steps=1000",
