@@ -118,7 +118,12 @@ COMMANDS: dict[str, Callable[[str, Path], None]] = {
     "bash sft_training/run_cpu.sh dataset.files=runs/my_texts.jsonl training.max_steps=200 output_dir=runs/my_model_2": Run(
         dry=True, prints="--num_processes 2"
     ),
-    "python scripts/replay_golden.py --golden tests/golden/decode": Run(),
+    "python -m dllm_var.decoding": Run(prints="block_commit"),
+    "python scripts/compare_decoding.py": Options("ten minutes; a test derives its committed numbers again"),
+    "python scripts/count_tokens.py --tokenizer tiny --output runs/token_freq.json my_texts/*.jsonl": Run(
+        creates="runs/token_freq.json"
+    ),
+    "python scripts/replay_golden.py --golden tests/golden/decode": Run("--method dllm_var --method wino_orig"),
 }
 
 

@@ -4,18 +4,21 @@ Owned by `dllm_var.decoding.loop`. It holds the key/value store and the second s
 that no policy knows of either.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from dllm_var.decoding.noise import keys
-from dllm_var.decoding.proposal import Measure, Proposer
+from dllm_var.decoding.proposal import Proposer
 from dllm_var.decoding.state import DecodeState
 from dllm_var.decoding.step import Plan, StepView
 from dllm_var.model.kv_store import KVStore
 from dllm_var.model.llada import LLaDAModelLM
+
+Projection = Callable[[Tensor, Tensor], Tensor]  # hidden [M, D], head weight [V, D] -> readings
+Outcome = tuple[Tensor, tuple[Tensor, ...] | None]  # readings, per layer the head-mean attention where it is wanted
 
 
 class Executor:
@@ -24,30 +27,22 @@ class Executor:
     Args:
         model: the network, in evaluation mode.
         state: the rows that will be run.
+        proposer: turns hidden states into proposals.
+        seed: of its noise.
         scratch: None: no store; else the largest number of passing (slot −1) columns in one forward.
-        forbidden: tokens, beside the mask, that are never proposed.
-        temperature, guidance, seed: see `GenerationConfig` (guidance is `cfg_scale`).
-        measures: what the policies want to know of every wanted position, by name.
 
     Attributes:
         calls: forwards of the batch so far; stamped on what is stored.
+        computed: int64 [B], the positions that the last forward computed for each row, both streams of guidance.
         store: the keys and values; under guidance the conditional rows first, then the unconditional ones.
     """
 
     def __init__(
-        self,
-        model: LLaDAModelLM,
-        state: DecodeState,
-        scratch: int | None,
-        forbidden: tuple[int, ...],
-        temperature: float,
-        guidance: float,
-        seed: int,
-        measures: Mapping[str, Measure],
+        self, model: LLaDAModelLM, state: DecodeState, proposer: Proposer, seed: int, scratch: int | None = None
     ) -> None:
-        self.model, self.seed, self.calls = model, seed, 0
-        self.streams = 2 if guidance else 1
-        self.proposer = Proposer(state.mask, forbidden, temperature, guidance, measures)
+        self.model, self.proposer, self.seed, self.calls = model, proposer, seed, 0
+        self.computed = torch.zeros_like(state.forwards)
+        self.streams = 2 if proposer.guidance else 1
         self.store = None
         if scratch is not None:
             rows, capacity = state.rows * self.streams, state.tokens.shape[1]
@@ -71,23 +66,11 @@ class Executor:
         if self.streams == 2:
             prompt = (plan.positions < state.prompt[:, None]).to(device)
             ids = torch.cat((ids, ids.masked_fill(prompt, state.mask)))
-        # What the store and the choice of rows are indexed by stays on the host, where it costs no synchronisation.
-        real = plan.real if self.store is not None else plan.real.to(device)
-        out = self.model(
-            input_ids=ids,
-            positions=self._twice(positions),
-            attention_mask=None if bool(plan.real.all()) else self._twice(real),
-            kv=self.store,
-            slots=None if plan.slots is None else self._twice(plan.slots),
-            query_mask=None if plan.query_mask is None else self._twice(plan.query_mask.to(device)),
-            logits_for=self._twice(plan.wanted),
-            project=partial(self.proposer, keys=key, rows=row, positions=position),
-            step=self.calls,
-            output_attentions=plan.attention,
-        )
+        project = partial(self.proposer, keys=key, rows=row, positions=position)
+        readings, attentions = self._forward(plan, state, ids, self._twice(positions), project)
         self.calls += 1
-        readings = out.logits.cpu()  # the only transfer from device to host
-        attentions = None if out.attentions is None else tuple(a[: state.rows] for a in out.attentions)
+        readings = readings.cpu()  # the only transfer from device to host
+        attentions = None if attentions is None else tuple(a[: state.rows] for a in attentions)
         view = StepView.build(state, plan, readings, tuple(self.proposer.measures), attentions)
         if not bool(view.confidence.isfinite().all()):
             raise ValueError(
@@ -96,11 +79,33 @@ class Executor:
             )
         return view
 
+    def _forward(self, plan: Plan, state: DecodeState, ids: Tensor, positions: Tensor, project: Projection) -> Outcome:
+        """The network over ids and positions int64 [streams · B, n], both on its device: what other executors replace."""
+        # What the store and the choice of rows are indexed by stays on the host, where it costs no synchronisation.
+        real = plan.real if self.store is not None else plan.real.to(ids.device)
+        self.computed = plan.real.sum(1) * self.streams
+        out = self.model(
+            input_ids=ids,
+            positions=positions,
+            attention_mask=None if bool(plan.real.all()) else self._twice(real),
+            kv=self.store,
+            slots=None if plan.slots is None else self._twice(plan.slots),
+            query_mask=None if plan.query_mask is None else self._twice(plan.query_mask.to(ids.device)),
+            logits_for=self._twice(plan.wanted),
+            project=project,
+            step=self.calls,
+            output_attentions=plan.attention,
+        )
+        return out.logits, out.attentions
+
     def keep(self, rows: Tensor) -> None:
         """Keep only the given rows (int64 indices) of the store, in both streams."""
         if self.store is not None:
-            both = [rows + stream * (self.store.rows // self.streams) for stream in range(self.streams)]
-            self.store.keep(torch.cat(both))
+            self.store.keep(self._both(rows, self.store.rows))
+
+    def _both(self, rows: Tensor, held: int) -> Tensor:
+        """The given rows of each stream, where all streams together hold `held` rows."""
+        return torch.cat([rows + stream * (held // self.streams) for stream in range(self.streams)])
 
     def _twice(self, array: Tensor) -> Tensor:
         return array if self.streams == 1 else torch.cat((array, array))

@@ -1,10 +1,11 @@
 """Which positions does a forward compute, and whose keys and values are kept?
 
-Composed by `dllm_var.decoding.loop.compose`; asked for a plan before every forward and shown the result after it. A slot
+Composed by `dllm_var.decoding.compose`; asked for a plan before every forward and shown the result after it. A slot
 of the store is the token's canvas position. Under full attention every reuse is approximate, since a stored entry has
 not seen later tokens; `Recompute` is the yardstick.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import torch
@@ -13,20 +14,20 @@ from dllm_var.decoding.state import DecodeState
 from dllm_var.decoding.step import Action, Plan, StepView
 
 
-class KVPolicy:
+class KVPolicy(ABC):
     """What the loop asks of a KV policy.
 
     Attributes:
-        scratch: the largest number of columns of a plan with slot −1; None: the policy keeps nothing.
+        scratch: the largest number of columns of its plans with slot −1; None: the policy keeps nothing.
     """
 
     scratch: int | None = None
 
+    @abstractmethod
     def plan(self, state: DecodeState) -> Plan:
         """The columns of the next forward."""
-        raise NotImplementedError
 
-    def observe(self, view: StepView, action: Action) -> None:
+    def observe(self, view: StepView, action: Action) -> None:  # noqa: B027 (nothing is a good default)
         """Called once the action has been applied; by default nothing."""
 
 
@@ -45,6 +46,10 @@ class BlockCommit(KVPolicy):
     the block alone a *refinement*, and the finished block together with the next one a *commit*. So every stored entry is
     computed exactly once, from final tokens, with the next mask block visible. The last block is never stored.
 
+    Published: 30.1 times faster than plain decoding of a masked diffusion model at comparable or higher accuracy. In the
+    public code the first row of a batch that writes EOS ends all rows and padding is attended to; here rows are
+    independent.
+
     Args:
         block_length: the most positions of a block.
     """
@@ -59,3 +64,33 @@ class BlockCommit(KVPolicy):
 
     def observe(self, view: StepView, action: Action) -> None:
         view.state.stored = view.state.block_start
+
+
+class Prefix(KVPolicy):
+    """Everything is renewed by the first forward of a block; later ones compute the block and what follows it (2505.22618).
+
+    That first forward is also the first step of the block's decoding. Slots are written again by every forward that
+    computes them, so that only what lies outside the plan is stale.
+
+    Published: LLaDA-Instruct with threshold 0.9 and blocks of 32, GSM8K at 256 tokens 79.3 → 78.5 at 8.1 times the speed,
+    at 512 tokens 77.5 → 77.2 at 11.0 times. The public code makes one forward too many where the first finishes the block,
+    and its dual form takes one row only; here neither holds, and padding is never attended to.
+
+    Args:
+        dual: later forwards compute the block alone; what follows it stays as the first forward saw it.
+    """
+
+    scratch = 0
+
+    def __init__(self, dual: bool) -> None:
+        self.dual = dual
+
+    def plan(self, state: DecodeState) -> Plan:
+        first = state.block_forwards == 0
+        start = state.block_start.masked_fill(first, 0)
+        end = torch.where(first, state.end, state.block_end) if self.dual else state.end
+        plan = Plan.span(state, start, end)
+        return replace(plan, slots=plan.positions.where(plan.real, -1))
+
+    def observe(self, view: StepView, action: Action) -> None:
+        view.state.stored = view.state.end if self.dual else view.state.block_start

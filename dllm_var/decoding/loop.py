@@ -1,59 +1,25 @@
 """The one decode loop. Every method is a choice of four policies; none has a loop of its own.
 
-    length.before → kv.plan → selector.extend → forward → score → select → length.adjust → apply → observe → length.after
+    length.before → kv.plan → selector.extend → length.extend → forward
+    → score → select → length.adjust → apply → observe → length.after
 
 Called by `dllm_var.generation` and by exported checkpoints (`decode`). Policies see a `StepView`, return an `Action`, and
 touch neither the model nor each other.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from dllm_var.decoding.config import METHODS, GenerationConfig
+from dllm_var.decoding.compose import Policies, compose
+from dllm_var.decoding.config import GenerationConfig
+from dllm_var.decoding.dllm_cache import FeatureExecutor
 from dllm_var.decoding.executor import Executor
-from dllm_var.decoding.kv_policies import BlockCommit, KVPolicy, Recompute
-from dllm_var.decoding.length_policies import EosBlocks, Fixed, LengthPolicy
-from dllm_var.decoding.proposal import Measure
+from dllm_var.decoding.proposal import Proposer
 from dllm_var.decoding.results import Event, Generation, events
-from dllm_var.decoding.scorers import Confidence, DecidedLast, Random, Scorer
-from dllm_var.decoding.selectors import Schedule, Selector, Threshold
 from dllm_var.decoding.state import LIVE, DecodeState
 from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.text.special_tokens import SpecialTokens
-
-
-@dataclass(frozen=True)
-class Policies:
-    """A decoding method: how long, what is recomputed, in which order, how many."""
-
-    length: LengthPolicy
-    kv: KVPolicy
-    scorer: Scorer
-    selector: Selector
-
-    @property
-    def measures(self) -> Mapping[str, Measure]:
-        """What the policies want measured at every wanted position."""
-        return {**self.scorer.measures, **self.selector.measures, **self.length.measures}
-
-
-def compose(config: GenerationConfig, special: SpecialTokens) -> Policies:
-    """The policies that a configuration stands for."""
-    lengths = {"eos_blocks": EosBlocks, "fixed": Fixed}
-    length = lengths[METHODS[config.method].length](config.block_length, special.stop, config.early_stop)
-    kv = BlockCommit(config.block_length) if config.cache == "block_commit" else Recompute()
-    scorer: Scorer = Random(config.seed) if config.remasking == "random" else Confidence()
-    if config.confidence_eos_eot_inf:
-        scorer = DecidedLast(scorer, special.stop)
-    selector: Selector
-    if config.threshold is not None:
-        selector = Threshold(config.threshold, METHODS[config.method].inclusive)
-    else:
-        assert config.steps is not None
-        selector = Schedule(config.steps, config.blocks)
-    return Policies(length, kv, scorer, selector)
 
 
 class DecodeLoop:
@@ -84,33 +50,32 @@ class DecodeLoop:
         check_requests(requests, len(prompts))
         _check_prompts(prompts, model, config)
         self.special = special
-        self.policies = compose(config, special) if policies is None else policies
+        self.policies = compose(config, special, model.config) if policies is None else policies
         context = model.config.max_sequence_length
         self.state = DecodeState.begin(prompts, requests, special.mask, config.response_limit, context)
-        self.executor = Executor(
-            model,
-            self.state,
-            scratch=self.policies.kv.scratch,
-            forbidden=(special.eos,) if config.logits_eos_inf else (),
-            temperature=config.temperature,
-            guidance=config.cfg_scale,
-            seed=config.seed,
-            measures=self.policies.measures,
-        )
+        proposer = Proposer.build(config, special, self.policies.measures)
+        self.executor: Executor
+        if config.cache == "dllm":
+            self.executor = FeatureExecutor(model, self.state, proposer, config.seed, config.kp, config.kr, config.rou)
+        else:
+            scratch = self.policies.kv.scratch
+            if scratch is not None:
+                scratch += self.policies.selector.scratch(config.block_length)
+            self.executor = Executor(model, self.state, proposer, config.seed, scratch)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One forward of all live rows and what follows from it: one event per row. Finished rows leave the batch."""
         use, state = self.policies, self.state
         use.length.before(state)
-        plan = use.selector.extend(use.kv.plan(state), state)
+        plan = use.length.extend(use.selector.extend(use.kv.plan(state), state), state)
         view = self.executor(plan, state)
         action = use.selector.select(view, use.scorer(view))
         assert bool((action.commit.any(1) | ~view.eligible.any(1)).all()), "every row with an eligible mask makes progress"
         assert not bool((action.commit & ~view.eligible).any()), "only eligible columns are committed"
         action = use.length.adjust(action, view)
         action.apply(view)
-        state.count_forward(plan.real.sum(1) * self.executor.streams)
+        state.count_forward(self.executor.computed)
         use.selector.observe(view, action)
         use.kv.observe(view, action)
         use.length.after(state)
@@ -152,7 +117,7 @@ def check_requests(requests: Sequence[int], prompts: int) -> None:
 
 def _check_prompts(prompts: Sequence[Sequence[int]], model: LLaDAModelLM, config: GenerationConfig) -> None:
     vocabulary, context = model.config.embedding_rows, model.config.max_sequence_length
-    fixed = METHODS[config.method].length == "fixed"
+    fixed = config.canvas == "fixed"
     for number, ids in enumerate(prompts):
         odd = next((i for i in ids if not 0 <= i < vocabulary), None)
         if odd is not None:

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dllm_var.decoding.config import GenerationConfig
 from dllm_var.decoding.noise import gumbel
+from dllm_var.text.special_tokens import SpecialTokens
 
 CHUNK_ELEMENTS = 1 << 24  # logits of a chunk: 64 MB in float32
 
@@ -41,6 +43,18 @@ class Candidates:
 Measure = Callable[[Candidates], Tensor]  # -> [m]
 
 
+def entropy(seen: Candidates) -> Tensor:
+    """−Σ p ln p in nats [m], from log-probabilities; 0 for tokens that are out of the question."""
+    log_p = seen.logits - seen.logsumexp[:, None]
+    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+
+
+def margin(seen: Candidates) -> Tensor:
+    """Largest minus second largest probability [m]."""
+    first, second = seen.logits.topk(2).values.unbind(-1)
+    return (first - seen.logsumexp).exp() - (second - seen.logsumexp).exp()
+
+
 @dataclass(frozen=True)
 class Proposer:
     """The rule that proposes a token.
@@ -50,9 +64,12 @@ class Proposer:
             mask is not sure of anything else.
         forbidden: tokens that are taken out before probabilities are formed.
         temperature: 0: the likeliest token (the lowest id among equals); above 0: an exact draw from
-            softmax(logits / temperature), by the largest logits + temperature · Gumbel.
+            softmax(logits / temperature), by the largest logits / temperature + Gumbel.
         guidance: cfg_scale; above 0 each row comes twice, see `__call__`.
         measures: further numbers by name.
+        top_p, top_k: sampling draws from the likeliest tokens only: those that make up this share of the probability at
+            this temperature (the one that passes it included), and this many. With the mask's share left out.
+        tempered: confidences and measures come from the distribution that is sampled, not from the one at temperature 1.
     """
 
     mask: int
@@ -60,6 +77,23 @@ class Proposer:
     temperature: float
     guidance: float
     measures: Mapping[str, Measure]
+    top_p: float = 1.0
+    top_k: int | None = None
+    tempered: bool = False
+
+    @classmethod
+    def build(cls, config: GenerationConfig, special: SpecialTokens, measures: Mapping[str, Measure]) -> "Proposer":
+        """The rule that a configuration asks for."""
+        return cls(
+            mask=special.mask,
+            forbidden=(special.eos,) if config.logits_eos_inf else (),
+            temperature=config.temperature,
+            guidance=config.cfg_scale,
+            measures=measures,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            tempered=config.score_distribution == "tempered" and config.temperature > 0,
+        )
 
     def __call__(self, hidden: Tensor, weight: Tensor, keys: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """Readings of M wanted rows.
@@ -90,13 +124,29 @@ class Proposer:
             logits[:, token] = float("-inf")
         # Shifted first: with logits around 30, max − logsumexp would lose the digits that rank confidences close to 1.
         logits = logits - logits.max(-1, keepdim=True).values
-        total = logits.exp().sum(-1)  # [m]
         allowed = logits.clone()
         allowed[:, self.mask] = float("-inf")
         if self.temperature:
-            allowed = allowed.double() + self.temperature * gumbel(keys, logits.shape[1])
-        ids = allowed.argmax(-1)
+            allowed = self._truncate(allowed / self.temperature)
+            ids = (allowed.double() + gumbel(keys, logits.shape[1])).argmax(-1)
+        else:
+            ids = allowed.argmax(-1)
+        if self.tempered:
+            logits = allowed - allowed.max(-1, keepdim=True).values
+        total = logits.exp().sum(-1)  # [m]
         confidence = logits.gather(1, ids[:, None])[:, 0].exp() / total
         seen = Candidates(logits, total.log(), ids, confidence, rows, positions)
         numbers = [confidence, *(measure(seen) for measure in self.measures.values())]
         return torch.stack([ids.int(), *(number.float().view(torch.int32) for number in numbers)])
+
+    def _truncate(self, logits: Tensor) -> Tensor:
+        """Logits [m, V], −inf for all but the likeliest that `top_k` and `top_p` leave; among equals the lowest id."""
+        if self.top_k is None and self.top_p >= 1.0:
+            return logits
+        best, order = logits.sort(dim=-1, descending=True, stable=True)
+        if self.top_k is not None:
+            best[:, self.top_k :] = float("-inf")
+        if self.top_p < 1.0:
+            share = best.softmax(-1)
+            best[share.cumsum(-1) - share >= self.top_p] = float("-inf")  # what stands before it makes up top_p already
+        return torch.empty_like(logits).scatter_(1, order, best)

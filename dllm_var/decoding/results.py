@@ -5,6 +5,9 @@ response here.
 """
 
 from dataclasses import dataclass, field
+from itertools import compress
+
+import torch
 
 from dllm_var.decoding.state import LIVE, STOP_REASONS, DecodeState
 from dllm_var.decoding.step import Action, StepView
@@ -62,10 +65,12 @@ class Event:
 
     Attributes:
         request: the row's number. step: the row's forward, from 0.
-        committed: the tokens fixed in it. remasked, inserted: positions taken back, masks added.
+        committed: the tokens fixed in it, where they stood before any insertion. remasked, inserted: positions taken
+            back, and of the masks added.
         response: the ids of the response as it stands; the mask id where nothing is decided.
         length: how many of them stand before the first stop token: what would be the answer, masks included.
         settled: how many of these are decided without a gap from the start: the answer so far.
+        replaced: the tokens that took the place of others.
         result: the answer, in the row's last event.
         text: the settled part as text, where a tokenizer is known.
         provisional: the rest of the would-be answer as text, with a sign for each mask.
@@ -79,6 +84,7 @@ class Event:
     response: list[int] = field(repr=False)
     length: int
     settled: int
+    replaced: tuple[Commit, ...] = ()
     result: Generation | None = None
     text: str | None = None
     provisional: str | None = None
@@ -88,29 +94,39 @@ def events(state: DecodeState, view: StepView, action: Action, special: SpecialT
     """What the forward behind `view` did, one event per row; `state` is that after the action."""
     length = state.stopped(special.stop).minimum(state.end) - state.prompt
     settled = length.minimum(state.settled() - state.prompt)
-    chosen, taken = action.commit.tolist(), None if action.remask is None else action.remask.tolist()
+    none = torch.zeros_like(action.commit)
+    chosen = action.commit.tolist()
+    taken, replaced = ((none if flags is None else flags).tolist() for flags in (action.remask, action.replace))
     positions = (view.positions - state.prompt[:, None]).tolist()
     ids, confidence = view.ids.tolist(), view.confidence.tolist()
-    widened = None if action.insert_at is None else (action.insert_at - state.prompt).tolist()
+    inserted = _inserted(state, action)
     made = []
     for row in range(state.rows):
-        at = -1 if widened is None else widened[row]
-        columns = range(len(positions[row]))
-        commits = (Commit(positions[row][i], ids[row][i], confidence[row][i]) for i in columns if chosen[row][i])
+        columns = list(map(Commit, positions[row], ids[row], confidence[row]))
         made.append(
             Event(
                 request=int(state.request[row]),
                 step=int(state.forwards[row]) - 1,
-                committed=tuple(commits),
-                remasked=() if taken is None else tuple(positions[row][i] for i in columns if taken[row][i]),
-                inserted=tuple(range(at + 1, at + 1 + action.insert_count)) if at >= 0 else (),
+                committed=tuple(compress(columns, chosen[row])),
+                remasked=tuple(commit.position for commit in compress(columns, taken[row])),
+                inserted=inserted[row],
                 response=state.tokens[row, int(state.prompt[row]) : int(state.end[row])].tolist(),
                 length=int(length[row]),
                 settled=int(settled[row]),
+                replaced=tuple(compress(columns, replaced[row])),
                 result=generation(state, row, special) if int(state.stop[row]) != LIVE else None,
             )
         )
     return made
+
+
+def _inserted(state: DecodeState, action: Action) -> list[tuple[int, ...]]:
+    """Per row the response positions of the masks that the action added."""
+    if action.insert_at is None or action.insert_count is None:
+        return [()] * state.rows
+    first = (action.insert_at - state.prompt + 1).tolist()
+    count = ((action.insert_at >= 0) * action.insert_count).tolist()
+    return [tuple(range(at, at + more)) for at, more in zip(first, count, strict=True)]
 
 
 def generation(state: DecodeState, row: int, special: SpecialTokens) -> Generation:

@@ -1,8 +1,8 @@
 """The rows of a batch while they are decoded: tokens, block pointers, stop reasons and where every token came from.
 
 `DecodeState` is the single owner of all of it, on the host. Policies read it; what changes it is the loop (through
-`Action.apply`, `count_forward` and `keep`), the length policy (`open_block`, `finish`) and the KV policy (`stored`). A
-position is absolute in its own row: prompt first, response after it, no padding on the left.
+`Action.apply`, `count_forward` and `keep`), the length policy (`open_block`, `append`, `finish`) and the KV policy
+(`stored`). A position is absolute in its own row: prompt first, response after it, no padding on the left.
 
 Legend: B rows, C capacity (canvas positions of the longest possible row).
 """
@@ -36,6 +36,7 @@ class DecodeState:
         block_forwards: int64 [B], forwards that this row's current block has had. forwards: in all.
         computed: int64 [B], positions computed, summed over forwards.
         stored: int64 [B], leading positions whose keys and values are in the store.
+        closed: int64 [B], the position from which on nothing is decided any more (C: none).
         stop: int64 [B], LIVE, EOS or LENGTH.
         notes: further [B, ...] tensors of policies, by name: they follow the rows. Those of shape [B, C] also follow
             insertions.
@@ -58,6 +59,7 @@ class DecodeState:
     forwards: Tensor
     computed: Tensor
     stored: Tensor
+    closed: Tensor
     stop: Tensor
     notes: dict[str, Tensor] = field(default_factory=dict)
 
@@ -92,6 +94,7 @@ class DecodeState:
             forwards=zeros,
             computed=zeros,
             stored=zeros,
+            closed=zeros + capacity,
             stop=zeros,
         )
 
@@ -103,7 +106,12 @@ class DecodeState:
     def window(self) -> Tensor:
         """Bool [B, C]: the masked positions of each row's current block."""
         column = torch.arange(self.tokens.shape[1])
-        return self.masked & (column >= self.block_start[:, None]) & (column < self.block_end[:, None])
+        end = self.block_end.minimum(self.closed)
+        return self.masked & (column >= self.block_start[:, None]) & (column < end[:, None])
+
+    def tentative(self) -> Tensor:
+        """Bool [B, C]: the tokens decided since each row's current block opened: what may be taken back or replaced."""
+        return (self.block == self.block_index[:, None]) & (self.block != NEVER)
 
     def settled(self) -> Tensor:
         """Int64 [B]: the first response position that is still masked (C if none is): what lies before it is decided."""
@@ -115,9 +123,9 @@ class DecodeState:
         hit = torch.isin(self.tokens, torch.tensor(stop_ids, dtype=torch.int64)) & ~self.masked
         return _first(hit & (column >= self.prompt[:, None]))
 
-    def open_block(self, rows: Tensor, length: int) -> None:
-        """Move the block pointer of the given rows (bool [B]) to the next `length` positions, fewer at the limit."""
-        following = (self.block_end + length).minimum(self.limit)
+    def open_block(self, rows: Tensor, length: int, bound: Tensor | None = None) -> None:
+        """Move the block pointer of the given rows (bool [B]) on by `length`, as far as `bound` (default the limit)."""
+        following = (self.block_end + length).minimum(self.limit if bound is None else bound)
         self.block_start = torch.where(rows, self.block_end, self.block_start)
         self.block_end = torch.where(rows, following, self.block_end)
         self.end = self.end.maximum(self.block_end)
@@ -141,15 +149,29 @@ class DecodeState:
         self.tokens[row, position] = self.mask
         self.masked[row, position] = True
         self.step[row, position] = self.block[row, position] = NEVER
+        self.confidence[row, position] = 0.0
 
-    def insert(self, at: Tensor, count: int) -> None:
-        """Widen the masked position at[b] of row b by `count` masks (at[b] = −1: none); what lies behind it moves right."""
+    def append(self, token: int, count: Tensor) -> None:
+        """Put count[b] copies of a token that nobody decided behind the canvas of row b."""
         column = torch.arange(self.tokens.shape[1])
-        behind = (at >= 0)[:, None] & (column > at[:, None])
-        source = torch.where(behind, (column - count).maximum(at[:, None]), column)  # new position -> old position
+        added = (column >= self.end[:, None]) & (column < (self.end + count)[:, None])
+        self.tokens, self.masked = self.tokens.masked_fill(added, token), self.masked & ~added
+        self.end = self.end + count
+
+    def drop(self, count: Tensor) -> None:
+        """Take the last count[b] positions off the canvas of row b."""
+        self.end = self.end - count
+        gone = torch.arange(self.tokens.shape[1]) >= self.end[:, None]
+        self.tokens, self.masked = self.tokens.masked_fill(gone, self.mask), self.masked | gone
+
+    def insert(self, at: Tensor, count: Tensor) -> None:
+        """Widen the masked position at[b] of row b by count[b] masks (at[b] = −1: none); what lies behind it moves right."""
+        column = torch.arange(self.tokens.shape[1])
         grown = (at >= 0) * count
-        self.end, self.limit = self.end + grown, self.limit + grown
-        assert bool((self.limit <= column.numel()).all()), "an insertion needs room in the capacity"
+        behind = (at >= 0)[:, None] & (column > at[:, None])
+        source = torch.where(behind, (column - grown[:, None]).maximum(at[:, None]), column)  # new position -> old position
+        self.end = self.end + grown
+        assert bool((self.end <= self.limit).all()), "an insertion needs room below the limit"
         for holder, name, array in self._arrays():
             if array.shape[1:] == column.shape:
                 holder[name] = array.gather(1, source)

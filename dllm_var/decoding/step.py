@@ -112,22 +112,25 @@ class Action:
     Attributes:
         commit: bool [B, w], the columns whose proposed token is fixed; a subset of the eligible ones.
         remask: bool [B, w], the columns whose decided token is taken back.
+        replace: bool [B, w], the columns whose decided token gives way to the proposed one.
         insert_at: int64 [B], per row a masked position that is widened to ``insert_count + 1`` masks; −1 for none.
-        insert_count: how many masks each insertion adds.
+        insert_count: int64 [B], how many masks that adds.
     """
 
     commit: Tensor
     remask: Tensor | None = None
+    replace: Tensor | None = None
     insert_at: Tensor | None = None
-    insert_count: int = 0
+    insert_count: Tensor | None = None
 
     def apply(self, view: StepView) -> None:
-        """Change the rows of the view: first take tokens back, then commit, then widen masks."""
+        """Change the rows of the view: first take tokens back, then commit and replace, then widen masks."""
         state = view.state
         if self.remask is not None:
             state.remask(*_cells(view, self.remask))
-        state.commit(*_cells(view, self.commit), view.ids[self.commit], view.confidence[self.commit])
-        if self.insert_at is not None:
+        fixed = self.commit if self.replace is None else self.commit | self.replace
+        state.commit(*_cells(view, fixed), view.ids[fixed], view.confidence[fixed])
+        if self.insert_at is not None and self.insert_count is not None:
             state.insert(self.insert_at, self.insert_count)
 
 

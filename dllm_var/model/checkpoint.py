@@ -93,7 +93,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: tor
         for name, value in _read(found)
     }
     model.load_state_dict(weights, strict=True, assign=True)
-    model.config.dtype = dtype
+    model.config.dtype, model.config.name_or_path = dtype, str(folder)
     model.train(False)
     return model
 

@@ -112,14 +112,19 @@ class LLaDABlock(nn.Module):
             v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         weights = None
         if want_attention:
-            score = (q @ k.transpose(-1, -2)).float() / self.head_dim**0.5
+            score = q @ k.transpose(-1, -2)
+            score = score.to(torch.promote_types(score.dtype, torch.float32)) / self.head_dim**0.5
             share = (score if mask is None else score.masked_fill(~mask, float("-inf"))).softmax(-1)
             o, weights = share.to(v.dtype) @ v, share.mean(1)
         else:
             o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         h = h + self.attn_out(o.transpose(1, 2).reshape(rows, n, -1))
+        return h + self.feed_forward(h), weights
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        """What the SwiGLU adds to the stream h [..., D]."""
         m = self.ff_norm(h)
-        return h + self.ff_out(F.silu(self.ff_proj(m)) * self.up_proj(m)), weights
+        return cast(Tensor, self.ff_out(F.silu(self.ff_proj(m)) * self.up_proj(m)))
 
 
 class LLaDAModel(nn.Module):

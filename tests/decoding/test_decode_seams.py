@@ -124,13 +124,14 @@ def test_a_kv_policy_can_see_attention_and_keep_notes_that_follow_the_rows(
 
 
 class GrowOnce(Fixed):
-    """Widens the first doubtful mask of each row by two masks, in its second forward."""
+    """Widens the first doubtful mask of each row by two masks, in its second forward; its limit is the end of the canvas."""
 
     def adjust(self, action: Action, view: StepView) -> Action:
         if int(view.state.forwards[0]) != 1:
             return action
         left = (view.eligible & ~action.commit).int().argmax(1, keepdim=True)
-        return replace(action, insert_at=view.positions.gather(1, left)[:, 0], insert_count=2)
+        view.state.limit = view.state.limit + 2
+        return replace(action, insert_at=view.positions.gather(1, left)[:, 0], insert_count=torch.tensor([2]))
 
 
 def test_a_length_policy_can_insert_masks_in_the_middle(rule_model: Any, says: Any, special: Any) -> None:

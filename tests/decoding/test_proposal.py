@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dllm_var import GenerationConfig
 from dllm_var.decoding import proposal
 from dllm_var.decoding.noise import keys
-from dllm_var.decoding.proposal import Candidates, Proposer
+from dllm_var.decoding.proposal import Candidates, Proposer, entropy, margin
+from dllm_var.text.special_tokens import SpecialTokens
 
 V = 16
 
@@ -96,14 +98,101 @@ def test_guidance_moves_the_logits_away_from_those_without_the_prompt() -> None:
 def test_a_measure_sees_log_probabilities_and_where_each_row_stands() -> None:
     seen: list[Candidates] = []
 
-    def entropy(candidates: Candidates) -> Tensor:
+    def watched(candidates: Candidates) -> Tensor:
         seen.append(candidates)
         logp = candidates.logits - candidates.logsumexp[:, None]
         return torch.special.entr(logp.exp()).sum(-1)
 
     logits = _logits(8)
-    _, _, numbers = _propose(logits, measures={"entropy": entropy})
+    _, _, numbers = _propose(logits, measures={"watched": watched})
     p = logits.index_fill(-1, torch.tensor(14), float("-inf")).softmax(-1)
     assert torch.allclose(numbers[0], torch.special.entr(p).sum(-1), atol=1e-5)
     assert seen[0].positions.tolist() == list(range(100, 108))
     assert seen[0].rows.tolist() == list(range(8))
+
+
+def test_top_k_and_top_p_leave_the_likeliest_tokens_with_their_proportions() -> None:
+    row = torch.full((1, V), -20.0)
+    row[0, :5] = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log()
+    for options, kept in (
+        ({"top_k": 3}, 3), ({"top_p": 0.69}, 2), ({"top_p": 0.71}, 3), ({"top_p": 0.9, "top_k": 2}, 2),
+        ({"top_p": 0.05}, 1), ({"top_k": 99}, 5), ({}, 5),
+    ):  # fmt: skip
+        ids, _, _ = _propose(row.expand(20_000, V), temperature=1.0, **options)
+        share = torch.bincount(ids.long(), minlength=V)[:V] / len(ids)
+        expected = row[0].softmax(0)[:kept] / row[0].softmax(0)[:kept].sum()
+        assert float((share[:kept] - expected).abs().max()) < 0.015  # four standard deviations
+        assert float(share[kept:].sum()) == 0
+
+
+def test_the_share_that_top_p_counts_is_that_at_the_temperature() -> None:
+    row = torch.full((1, V), -50.0)
+    row[0, :3] = torch.tensor([0.5, 0.3, 0.2]).log()
+    for temperature, drawn in ((0.2, {0}), (1.0, {0, 1}), (5.0, {0, 1, 2})):
+        ids, _, _ = _propose(row.expand(4000, V), temperature=temperature, top_p=0.7)
+        assert set(ids.tolist()) == drawn
+
+
+def test_truncation_that_leaves_everything_changes_no_draw() -> None:
+    logits = _logits(300)
+    plain = _propose(logits, temperature=0.9)
+    for options in ({"top_p": 1.0}, {"top_k": None}, {"top_k": V}):
+        for one, other in zip(plain, _propose(logits, temperature=0.9, **options), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_among_equal_tokens_top_k_keeps_the_lowest_ids() -> None:
+    ids, _, _ = _propose(torch.zeros(2000, V), temperature=1.0, top_k=3)
+    assert set(ids.tolist()) == {0, 1, 2}
+
+
+def test_the_mask_is_not_drawn_however_likely_and_takes_no_part_in_top_p() -> None:
+    row = torch.zeros(1, V)
+    row[0, 15], row[0, 3] = 30.0, 5.0
+    ids, _, _ = _propose(row.expand(2000, V), temperature=1.0, top_p=0.9)
+    assert set(ids.tolist()) == {3}
+
+
+def test_a_tempered_confidence_is_the_probability_with_which_the_token_is_drawn() -> None:
+    row = torch.full((1, V), -20.0)
+    row[0, :3] = torch.tensor([0.5, 0.3, 0.2]).log()
+    measures = {"entropy": entropy, "margin": margin}
+    options = {"temperature": 0.5, "top_k": 2, "measures": measures}
+    p = torch.tensor([0.5, 0.3]) ** 2
+    p = p / p.sum()
+    ids, confidence, numbers = _propose(row.expand(500, V), tempered=True, **options)
+    assert torch.allclose(confidence, p[ids.long()], atol=1e-5)
+    assert torch.allclose(numbers[0], torch.special.entr(p).sum(), atol=1e-5)
+    assert torch.allclose(numbers[1], p[0] - p[1], atol=1e-5)
+    again, raw, _ = _propose(row.expand(500, V), **options)
+    assert torch.equal(again, ids)  # the draw is the same
+    assert torch.allclose(raw, torch.tensor([0.5, 0.3])[ids.long()], atol=1e-5)
+
+
+def test_at_temperature_zero_truncation_changes_nothing() -> None:
+    logits = _logits(60)
+    for one, other in zip(_propose(logits), _propose(logits, top_p=0.3, top_k=2), strict=True):
+        assert torch.equal(one, other)
+    special = SpecialTokens(mask=15, eos=14, pad=14)
+    config = GenerationConfig(top_p=0.3, top_k=2, score_distribution="tempered")
+    assert not Proposer.build(config, special, {}).tempered
+
+
+def test_a_row_is_drawn_as_if_it_were_alone() -> None:
+    logits = _logits(12)
+    together = _propose(logits, temperature=1.3, top_p=0.8, top_k=5, tempered=True)
+    for i in range(12):
+        at = torch.tensor([i])
+        alone = Proposer(15, (14,), 1.3, 0.0, {}, top_p=0.8, top_k=5, tempered=True)(
+            logits[at], torch.eye(V), keys(0, at), at, at
+        )
+        assert int(alone[0]) == int(together[0][i])
+        assert float(alone[1].view(torch.float32)) == pytest.approx(float(together[1][i]), rel=1e-6)
+
+
+def test_the_entropy_of_forbidden_tokens_is_nothing_and_the_margin_is_between_the_best_two() -> None:
+    row = torch.full((1, V), -200.0)
+    row[0, :2] = torch.tensor([0.75, 0.25]).log()
+    _, confidence, numbers = _propose(row, measures={"entropy": entropy, "margin": margin})
+    assert float(confidence) == pytest.approx(0.75)
+    assert numbers[:, 0].tolist() == pytest.approx([0.562335, 0.5], rel=1e-5)

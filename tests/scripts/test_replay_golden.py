@@ -24,7 +24,8 @@ def folder(tmp_path: Path) -> Any:
         for case in content["cases"]:
             change(case)
         (tmp_path / file).write_text(json.dumps(content))
-        return ["--golden", str(tmp_path), "--model", str(GOLDEN.parent / "tiny_llada")]
+        beside = ["--model", str(GOLDEN.parent / "tiny_llada"), "--frequencies", str(GOLDEN.parent / "token_freq.json")]
+        return ["--golden", str(tmp_path), *beside]
 
     return build
 
@@ -35,7 +36,7 @@ def _other_token(case: dict[str, Any]) -> None:
 
 def test_matching_cases_end_well(replay: Any, capsys: Any) -> None:
     assert replay.main(["--golden", str(GOLDEN), "--method", "llada_vanilla_batch"]) == 0
-    assert "compared 8 cases: all match; 0 not offered yet" in capsys.readouterr().out
+    assert "compared 8 cases: all match or are explained; 0 not offered" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,25 @@ def test_a_difference_in_tokens_forwards_or_order_fails(
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("file", "trace", "said"),
+    [
+        ("wino_orig.json", "trace_remask", "took back"),
+        ("dllm_var.json", "trace_edit", "replaced"),
+        ("daedal_orig.json", "trace_gen_length", "saw a length of"),
+    ],
+)
+def test_what_was_taken_back_replaced_and_seen_is_compared(
+    file: str, trace: str, said: str, replay: Any, folder: Any, capsys: Any
+) -> None:
+    def change(case: dict[str, Any]) -> None:
+        case[trace] = case[trace][::-1] if trace in case else [[99]] * case["forward_passes"]
+
+    assert replay.main(folder(lambda case: None, file=file, count=1)) == 0
+    assert replay.main(folder(change, file=file, count=1)) == 1
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("mark", ["near_tie", "optional"])
 def test_a_near_tie_or_optional_case_is_reported_but_does_not_fail(mark: str, replay: Any, folder: Any, capsys: Any) -> None:
     assert replay.main(folder(lambda case: (_other_token(case), case.update({mark: True})))) == 0
@@ -60,18 +80,52 @@ def test_a_near_tie_or_optional_case_is_reported_but_does_not_fail(mark: str, re
 
 
 def test_what_is_not_offered_is_listed_and_counted(replay: Any, folder: Any, capsys: Any) -> None:
-    arguments = folder(lambda case: None, count=7)  # five without editing, two with
-    assert replay.main(arguments) == 0
+    def rename(case: dict[str, Any]) -> None:
+        case["method"] = "telepathy" if case["id"].endswith("1") else case["method"]
+
+    assert replay.main(folder(rename, count=3)) == 0
     out = capsys.readouterr().out
-    assert "not offered yet: dllm_var: enable_editing=True" in out
-    assert "compared 5 cases: all match; 2 not offered yet" in out
+    assert "not offered: telepathy" in out
+    assert "compared 2 cases: all match or are explained; 1 not offered" in out
 
 
 def test_a_run_that_compares_nothing_does_not_look_like_success(replay: Any, folder: Any, capsys: Any) -> None:
     assert replay.main(folder(lambda case: case.update(method="telepathy"))) == 2
     captured = capsys.readouterr()
-    assert "not offered yet: telepathy: the whole method" in captured.out
+    assert "not offered: telepathy" in captured.out
     assert "nothing was compared" in captured.err
+
+
+def test_a_case_that_rests_on_a_defect_is_listed_with_it_and_limited_in_number(
+    replay: Any, folder: Any, capsys: Any
+) -> None:
+    arguments = folder(lambda case: None, file="fast_dllm_v1.json", count=1)
+    assert replay.main([*arguments, "--method", "fast_dllm_v1"]) == 0
+    out = capsys.readouterr().out
+    assert "rests on 'last pair': fast_dllm_v1-p000: row 0: tokens differ from position 23" in out
+    assert "last pair                   1             1  Fast-dLLM's factor takes the last token as well" in out
+    assert replay.main(arguments) == 1  # one of one case is too many of a whole folder
+    assert "tokens that a defect changes: 1 cases, 100.0%" in capsys.readouterr().out
+
+
+def test_a_difference_that_the_defect_does_not_explain_fails(replay: Any, folder: Any, capsys: Any) -> None:
+    assert replay.main([*folder(_other_token, file="fast_dllm_v1.json", count=1), "--method", "fast_dllm_v1"]) == 1
+    assert "DIFFERS: fast_dllm_v1-p000" in capsys.readouterr().out
+
+
+def test_likelihoods_are_compared_within_a_tolerance(replay: Any, folder: Any, capsys: Any) -> None:
+    def shift(by: float) -> Any:
+        return lambda case: case.update(log_likelihood=case["log_likelihood"] + by)
+
+    assert replay.main(folder(shift(1e-4), file="llada_loglik.json", count=1)) == 0
+    assert replay.main(folder(shift(0.1), file="llada_loglik.json", count=1)) == 1
+    assert "DIFFERS: llada_loglik-p000: log-likelihood" in capsys.readouterr().out
+
+
+def test_a_mask_left_behind_an_eos_is_compared_as_eos(replay: Any, folder: Any) -> None:
+    assert replay.main(folder(lambda case: None, file="d2c_stop_until_eos.json", count=1)) == 0
+    drop = folder(lambda case: case["params"].pop("stop_until_eos"), file="d2c_stop_until_eos.json", count=1)
+    assert replay.main(drop) == 1
 
 
 @pytest.mark.parametrize(
