@@ -45,13 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not options.files and not options.add:
             raise ValueError("nothing to count: name text files, or counts with --add.")
-        if not options.output.parent.is_dir():
-            raise ValueError(f"--output {options.output}: its folder does not exist.")
         counts = count_files(load_tokenizer(options.tokenizer), options.files, options.fields.split(","))
         for file in options.add:
             counts.update(check_frequency_file(file)[1])
         if not counts:
             raise ValueError("the files hold no text, so there is nothing to write.")
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         total = write_frequencies(options.output, counts)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
