@@ -1,8 +1,9 @@
 """Replay recorded decoding cases and compare tokens, forward counts and the order in which tokens were fixed.
 
 Why: the cases were recorded from public programs, so a match says that a method here is the published one. Their format is
-described in tests/golden/README.md; how their parameters read here, and the defects of those programs that some cases rest
-on, in ``golden_cases.py``. A case that differs from ours only by a listed defect is listed with it, never hidden.
+described in tests/golden/README.md; how their parameters read here in ``golden_cases.py``, and the defects of those
+programs that some cases rest on in ``golden_defects.py``. A case that differs from ours only by a listed defect is listed
+with it, never hidden.
 
     python scripts/replay_golden.py --golden tests/golden/decode
     python scripts/replay_golden.py --golden FOLDER --method dllm_var --method llada_vanilla [--model FOLDER]
@@ -19,7 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from golden_cases import DEFECTS, READINGS, Case, Defect, Outcome, read
+from golden_cases import READINGS, Case, Outcome, read
+from golden_defects import DEFECTS, Defect
 
 from dllm_var import Event, GenerationConfig, Pretrained
 from dllm_var.decoding.compose import compose

@@ -5,92 +5,16 @@ reads and which caches go with it is data (`dllm_var.decoding.methods`).
 """
 
 import difflib
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from dllm_var.decoding.frequencies import check_frequency_file
 from dllm_var.decoding.methods import CACHES, MATRIX, METHODS, SAMPLING
+from dllm_var.decoding.option_checks import CHECKS
 
 # Default of an option that was not given: replaced by the method's own default, or left None where the method has none.
 UNSET: Any = None
-
-Check = tuple[Callable[[Any], bool], str]
-
-
-def _whole(low: int) -> Check:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low, f"a whole number of at least {low}"
-
-
-def _number(low: float = 0.0, high: float = math.inf, *, above: bool = False, finite: bool = False) -> Check:
-    def fits(v: Any) -> bool:
-        real = isinstance(v, (int, float)) and not isinstance(v, bool)
-        return real and low <= v <= high and not (above and v == low) and (math.isfinite(v) or not finite)
-
-    words = f"a number {'above' if above else 'of at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-    return fits, words + (" that is finite" if finite else "")
-
-
-def _choice(*names: str) -> Check:
-    return lambda v: v in names, "one of " + ", ".join(repr(name) for name in names)
-
-
-_switch: Check = (lambda v: isinstance(v, bool), "True or False")
-
-CHECKS: dict[str, Check] = {
-    "max_gen_length": _whole(1),
-    "gen_length": _whole(1),
-    "block_length": _whole(1),
-    "steps": _whole(1),
-    "num_transfer_tokens": _whole(1),
-    "threshold": _number(),
-    "factor": _number(above=True),
-    "gamma": _number(),
-    "kl_threshold": _number(),
-    "kl_history_length": _whole(1),
-    "kl_warmup": _switch,
-    "unmask_strategy": _choice("all", "max_conf", "min_kl"),
-    "wide_in_thres": _number(),
-    "narrow_out_thres": _number(),
-    "remask_budget": _choice("previous", "current"),
-    "enable_editing": _switch,
-    "edit_threshold": _number(),
-    "initial_gen_length": _whole(1),
-    "initial_eot_expand_thres": _number(),
-    "decode_eot_expand_thres": _number(),
-    "low_conf_expand_thres": _number(),
-    "num_check_last_eot": _whole(1),
-    "expansion_factor": _whole(2),
-    "eos_tail": _whole(0),
-    "remasking": _choice("low_confidence", "random", "entropy", "topk_margin", "left_to_right"),
-    "sigma": _number(above=True),
-    "debias": _switch,
-    "clip_alpha": _number(above=True),
-    "lambd": _number(finite=True),
-    "position_prior": _choice("exponential", "linear"),
-    "special_token_freq": _choice("reference", "trivial"),
-    "frequency_file": (lambda v: isinstance(v, str), "the path of a JSON file"),
-    "logits_eos_inf": _switch,
-    "confidence_eos_eot_inf": _switch,
-    "early_stop": _switch,
-    "stop_until_eos": _switch,
-    "use_dual": _switch,
-    "rollout_p": _number(0.0, 1.0),
-    "rollout_include_masked": _switch,
-    "current_k": _whole(1),
-    "cache_sigma": _number(above=True),
-    "inflate_w": _whole(0),
-    "kp": _whole(1),
-    "kr": _whole(1),
-    "rou": _number(0.0, 1.0),
-    "temperature": _number(finite=True),
-    "top_p": _number(0.0, 1.0, above=True),
-    "top_k": _whole(1),
-    "score_distribution": _choice("raw", "tempered"),
-    "cfg_scale": _number(finite=True),
-    "seed": (lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
-}
 
 # The options that say how many tokens a forward decides, and the rule that each stands for; the first that is set wins.
 # `threshold` belongs to KLASS where both are set.
@@ -139,7 +63,7 @@ class GenerationConfig:
             and 20. narrow_out_thres: take back drafts whose probability in a second look is below this. remask_budget:
             fewer than were drafted in the "previous" forward, or in the "current" one.
         enable_editing: dllm_var: also replace decided tokens of the open block by the model's present choice where its
-            confidence is above edit_threshold (default `threshold`). A full block is final.
+            confidence is above edit_threshold (default `threshold`, 0.9 under another rule). A full block is final.
 
         remasking: which tokens first: "low_confidence" keeps the most confident ones, "topk_margin" those far ahead of
             the runner-up, "entropy" those with the least entropy, "random" any, "left_to_right" the first.
@@ -237,15 +161,12 @@ class GenerationConfig:
     seed: int = UNSET
 
     @classmethod
-    def from_groups(
-        cls, generation: Mapping[str, Any], cache: Mapping[str, Any] | None = None, **further: Any
-    ) -> "GenerationConfig":
+    def from_groups(cls, generation: Mapping[str, Any], cache: Mapping[str, Any] | None = None) -> "GenerationConfig":
         """From two groups of settings, as ``configs/generation`` and ``configs/cache`` hold them; null leaves an option out.
 
         Args:
             generation: ``method`` and its options.
             cache: ``name`` and its options, of which ``cache_sigma`` is called ``sigma`` there; None: the method's own.
-            further: options that win over both groups.
 
         Raises:
             ValueError: a key that is no option, with the nearest one that is; or whatever the class refuses.
@@ -262,7 +183,7 @@ class GenerationConfig:
                     nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
                     raise ValueError(f"{group}.{key} is no option: did you mean {group}.{nearest}?")
                 options[names[key]] = value
-        return cls(**{**options, **further})
+        return cls(**options)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -1,7 +1,8 @@
 """Recorded runs of public programs, decoded again: tokens, forwards and order, alone and in batches.
 
-`scripts/replay_golden.py` and `scripts/golden_cases.py` hold the reading of the cases; what they call a match, or explain by
-a defect of the recorded program, is what is asserted here. Here only some cases of each method are run; the script runs all.
+`scripts/replay_golden.py`, `golden_cases.py` and `golden_defects.py` hold the reading of the cases; what they call a match,
+or explain by a defect of the recorded program, is what is asserted here. Here only some cases of each method are run; the
+script runs all.
 """
 
 import json

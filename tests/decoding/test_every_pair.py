@@ -4,7 +4,6 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,8 +156,10 @@ def test_a_model_that_loves_the_mask_neither_writes_it_nor_goes_on_for_ever(
 ) -> None:
     model = copy.deepcopy(recorded.model)
     with torch.no_grad():
-        model.model.transformer["ff_out"].weight[MASK] *= 1000  # its logit is the largest by far wherever it is positive
+        model.model.transformer["ff_out"].weight[MASK] *= -1000  # training has made its logit the smallest by far
     config, prompts = config_of(variant, column, frequencies), [question("dup a"), question("count 3")]
+    logits = model(torch.tensor([prompts[0] + 12 * [MASK]])).logits
+    assert bool((logits[0, len(prompts[0]) :].argmax(-1) == MASK).all()), "the model does love it"
     check_sound(config, prompts, generate(replace(recorded, model=model), prompts, config))
 
 
@@ -202,7 +203,3 @@ def test_where_nothing_distinguishes_the_tokens_they_are_decided_from_left_to_ri
     (answer,) = (event.result for event in loop if event.result is not None)
     steps = [step for step in answer.steps if step >= 0]
     assert steps == sorted(steps)
-
-
-def test_the_result_file_format_of_frequencies_is_the_published_one(frequencies: str) -> None:
-    assert set(json.loads(Path(frequencies).read_text("utf-8"))) == {"num_token", "p_baseline_dict"}

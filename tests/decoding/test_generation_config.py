@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from dllm_var.decoding.config import CHECKS, NEEDS, RULES, GenerationConfig
+from dllm_var.decoding.config import NEEDS, RULES, GenerationConfig
 from dllm_var.decoding.methods import CACHES, COLUMNS, MATRIX, METHODS, SAMPLING
+from dllm_var.decoding.option_checks import CHECKS
 
 OPTIONS = set(
     """
@@ -228,7 +229,7 @@ def test_a_pair_is_taken_or_refused_with_its_reason_and_one_that_works(method: s
 def test_groups_are_one_configuration_and_null_leaves_an_option_out() -> None:
     generation = {"method": "vanilla", "gen_length": 16, "steps": None, "factor": 1.0}
     cache = {"name": "d2cache", "sigma": 3.0, "current_k": None}
-    config = GenerationConfig.from_groups(generation, cache, seed=4)
+    config = GenerationConfig.from_groups({**generation, "seed": 4}, cache)
     assert config == GenerationConfig(method="vanilla", gen_length=16, factor=1.0, cache="d2cache", cache_sigma=3.0, seed=4)
     assert GenerationConfig.from_groups({"method": "dllm_var"}) == GenerationConfig()
     assert GenerationConfig.from_groups({"method": "vanilla", "sigma": 4.0}, {"name": "none"}).sigma == 4.0

@@ -40,6 +40,15 @@ def test_the_fields_of_a_record_are_joined_each_followed_by_a_space(count: Any, 
     assert f"{expected.total():,} tokens, {len(expected):,} different ones" in capsys.readouterr().out
 
 
+def test_a_field_that_is_null_throughout_is_no_mistake_and_the_folder_of_the_output_is_made(
+    count: Any, tmp_path: Path
+) -> None:
+    source = _lines(tmp_path / "a.jsonl", {"instruction": "one", "input": None, "output": "two"})
+    output = tmp_path / "new" / "folder" / "f.json"
+    assert count([source, "--tokenizer", "tiny", "--output", str(output)]) == 0
+    assert _counts(output) == Counter(encode_text(load_tokenizer("tiny"), "one two "))
+
+
 def test_chosen_fields_alone_are_counted(count: Any, tmp_path: Path) -> None:
     source = _lines(tmp_path / "a.jsonl", {"question": "one", "answer": "two", "output": "three"})
     arguments = [source, "--tokenizer", "tiny", "--output", str(tmp_path / "f.json"), "--fields", "question,answer"]
