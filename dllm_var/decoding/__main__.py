@@ -5,6 +5,8 @@
 Everything printed is the data of `dllm_var.decoding.methods`.
 """
 
+import argparse
+import signal
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -81,4 +83,7 @@ def matrix() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m dllm_var.decoding", description=__doc__).parse_args()  # it takes none
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # piped into head, it ends quietly
     main()

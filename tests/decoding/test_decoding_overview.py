@@ -1,5 +1,8 @@
 """``python -m dllm_var.decoding``: everything on offer is printed, and fits a terminal."""
 
+import subprocess
+import sys
+
 import pytest
 
 from dllm_var.decoding.__main__ import main
@@ -56,3 +59,17 @@ def test_the_matrix_is_printed_with_a_note_for_every_number(lines: list[str]) ->
             assert (cell == "yes") == (pair.verdict == "sound")
             assert cell.startswith("no") == (pair.verdict == "refused")
             assert cell == "yes" or pair.note.startswith(notes[cell.removeprefix("no")])
+
+
+def test_as_a_program_it_takes_no_arguments_and_may_be_piped_into_head() -> None:
+    program = [sys.executable, "-m", "dllm_var.decoding"]
+    wrong = subprocess.run([*program, "extra"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "unrecognized arguments: extra" in wrong.stderr
+    # A pipe whose reader is gone before anything is written.
+    running = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    running.stdout.close()
+    assert running.stderr is not None
+    assert running.stderr.read() == ""
+    running.wait()
