@@ -50,7 +50,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class StepView:
-    """What a forward showed, one column for each wanted column of the plan, in its order (ascending positions).
+    """What a forward showed, one column for each wanted column of the plan, in its order: ascending
+    positions, and behind them what a selector asked for beside.
 
     Everything here was computed in this very step. A column is *eligible* when its position is masked and in the window;
     a selector that asked for more (a shadow of a decided token, say) finds it as a column that is not eligible.
