@@ -2,16 +2,17 @@
 
 How: ``python scripts/bundle_tiny.py --run runs/tiny --output runs/tiny/bundle`` (called by ``scripts/train_tiny.sh``); to
 ship it, give ``--output dllm_var/bundled/tiny``. The card is filled from the run's own records (config.yaml, run.json,
-metrics.jsonl) and from the JSON line of ``scripts/eval_tiny.py``; nothing in it is typed by hand but what the tasks are.
+metrics.jsonl, commits) and from the JSON line of ``scripts/eval_tiny.py``; nothing in it is typed by hand but what the tasks
+are.
 """
 
 import argparse
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
+import count_tokens
 import yaml
 
 from dataset.tiny_corpus import HELD_OUT_SHARE, TASKS, problems
@@ -49,15 +50,16 @@ problem in {held_out} is held out by the hash of its content, whatever its wordi
 
 ## Recipe
 
-`bash scripts/train_tiny.sh`, from random weights, at commit {commit}: {steps:,} optimizer steps of {tokens_per_step:,}
-positions ({trained:,} in all, prompts and masks included), loss {loss:.4f} at the end, {hours:.1f} hours on {threads}
-threads of a shared CPU.
+`bash scripts/train_tiny.sh` at commit {commit}. {start} {steps:,} optimizer steps of
+{tokens_per_step:,} positions ({trained:,} in all, prompts and masks included) with the forward process, loss {loss:.4f} at
+the end. {hours:.1f} hours for all of it on {threads} threads of a shared CPU.
 
 ```yaml
 {recipe}```
 
-Beside the published recipe: rows hold whole samples, most samples have a tail of masks that carry no loss, and
-{block_share:.0%} are shown as block decoding meets them (`dllm_var/diffusion/decoding_view.py` says why).
+Beside the published recipe: rows hold whole samples, each of which attends to itself alone; of the samples {block_share:.0%}
+are shown as block decoding meets them, and of the others {tail_share:.0%} have a tail of masks that carry no loss
+(`dllm_var/diffusion/decoding_view.py` says why).
 
 ## Limits
 
@@ -71,14 +73,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, a line each."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def beginning(run: Path) -> tuple[str, float]:
+    """A sentence on the weights that the masked stage began with, and the seconds that they took."""
+    if not (run / "warm_up" / "run.json").exists():
+        return "From random weights:", 0.0
+    facts, metrics = read_json(run / "warm_up" / "run.json"), read_lines(run / "warm_up" / "metrics.jsonl")
+    steps = facts["max_steps"]
+    words = f"From random weights, {steps:,} steps of next-token prediction under a causal mask, then"
+    return words, max(line.get("seconds", 0.0) for line in metrics)
+
+
 def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
     """The model card as Markdown."""
     facts, settings = read_json(run / "sft" / "run.json"), yaml.safe_load((run / "sft" / "config.yaml").read_text("utf-8"))
-    metrics = [json.loads(line) for line in (run / "sft" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    metrics = read_lines(run / "sft" / "metrics.jsonl")
+    start, warm_up_seconds = beginning(run)
     losses = [line["loss"] for line in metrics if "loss" in line]
     names = list(evaluation["settings"])
     first = evaluation["settings"][names[0]]["tasks"]
-    seconds = max(line["seconds"] for line in metrics if "seconds" in line)
+    seconds = warm_up_seconds + max(line["seconds"] for line in metrics if "seconds" in line)
     rows = []
     for task in first:
         exact = " | ".join(f"{evaluation['settings'][name]['tasks'][task]['exact']:.3f}" for name in names)
@@ -98,6 +116,7 @@ def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
         trained=facts["max_steps"] * facts["tokens_per_step"],
         loss=sum(losses[-20:]) / len(losses[-20:]), hours=seconds / 3600, threads=facts["threads"],
         recipe=yaml.safe_dump(recipe, sort_keys=False), block_share=settings["view"]["block_share"],
+        tail_share=settings["view"]["tail_share"], start=start,
     )  # fmt: skip
 
 
@@ -108,12 +127,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     evaluation = read_json(args.evaluation or args.run / "evaluation.json")
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
+    commits = (args.run / "commits").read_text(encoding="utf-8").split() if (args.run / "commits").exists() else ["unknown"]
     shutil.copytree(args.run / "sft" / "final", args.output, dirs_exist_ok=True)
-    (args.output / "README.md").write_text(card(args.run, evaluation, found.stdout.strip() or "unknown"), encoding="utf-8")
+    (args.output / "README.md").write_text(card(args.run, evaluation, ", ".join(commits)), encoding="utf-8")
     (args.output / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
+    text = args.run / "text" / "train" / "problems.jsonl"
+    if count_tokens.main(["--tokenizer", str(args.output), "--output", str(args.output / "token_freq.json"), str(text)]):
+        raise SystemExit(2)
     examples = [next(problems(task, EXAMPLE_SEED, held_out=True)).instruction for task in TASKS]
     (args.output / "examples.json").write_text(json.dumps(examples, indent=1) + "\n", encoding="utf-8")
     print(f"{args.output}: {sum(f.stat().st_size for f in args.output.iterdir()) / 1e6:.1f} MB")

@@ -7,6 +7,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 run="${1:-$root/runs/tiny}"
 shift $(($# > 0 ? 1 : 0))
 python="${PYTHON:-$root/.venv/bin/python}"
+command -v "$python" >/dev/null || { echo "train_tiny.sh: no $python: run bash install.sh first, or give PYTHON=…" >&2; exit 1; }
 threads="${THREADS:-$(nproc)}"
 
 if [[ ! -e "$run/text/done" ]]; then
@@ -21,6 +22,10 @@ for part in train held_out; do
   "$python" "$root/dataset/transfer_text2token.py" --input_dir "$run/text/$part" --output_file "$run/$part.jsonl" \
     --tokenizer_model "$run/start" --max_length 256 --num_workers "$threads" --template chat
 done
+
+mkdir -p "$run"
+commit="$(git -C "$root" describe --always --dirty 2>/dev/null || echo unknown)" # the code of every start, for the model card
+grep -qsx "$commit" "$run/commits" || echo "$commit" >> "$run/commits"
 
 # Large freed buffers stay with the process: page faults would otherwise cost a tenth of the time.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
