@@ -20,7 +20,7 @@ if [[ ! -e "$run/start/config.json" ]]; then
 fi
 for part in train held_out; do
   "$python" "$root/dataset/transfer_text2token.py" --input_dir "$run/text/$part" --output_file "$run/$part.jsonl" \
-    --tokenizer_model "$run/start" --max_length 256 --num_workers "$threads" --template chat
+    --tokenizer_model "$run/start" --max_length 288 --num_workers "$threads" --template chat
 done
 
 mkdir -p "$run"
@@ -32,8 +32,8 @@ export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 export OMP_NUM_THREADS="$threads"
 sft() { # both stages: the same data, rows, optimizer and seed
   "$python" "$root/sft_training/sft.py" dataset.files="$run/train.jsonl" model.tokenizer="$run/start" \
-    packing.max_length=256 packing.attention=sample \
-    training.local_batch_size=12 training.grad_accum_steps=1 training.optimizer=muon training.learning_rate=6e-3 \
+    packing.max_length=288 packing.attention=sample \
+    training.local_batch_size=11 training.grad_accum_steps=1 training.optimizer=muon training.learning_rate=6e-3 \
     'training.betas=[0.9,0.98]' training.schedule=wsd training.warmup_steps=100 \
     training.compile=true training.threads="$threads" training.seed=1 \
     training.save_steps=250 training.save_total_limit=2 training.logging_steps=10 "$@"
@@ -45,7 +45,7 @@ origin=(model=scratch model.config="$run/start")
 if [[ "${WARM_UP:-1}" == 1 ]]; then
   if [[ ! -e "$run/warm_up/final/config.json" ]]; then
     sft "${origin[@]}" loss.name=next_token view.tail_share=0 view.tail_max=0 view.block_share=0 \
-      training.max_steps=1200 training.decay_steps=200 output_dir="$run/warm_up"
+      training.max_steps=1600 training.decay_steps=200 output_dir="$run/warm_up"
   fi
   origin=(model=tiny model.path="$run/warm_up/final")
 fi
