@@ -39,13 +39,13 @@ sft() { # both stages: the same data, rows, optimizer and seed
     training.save_steps=250 training.save_total_limit=2 training.logging_steps=10 "$@"
 }
 
-# Stage 1, a tenth of the whole: predict the next token under a causal mask. Finding an operand in the prompt, and copying it,
+# Stage 1, a quarter of the whole: predict the next token under a causal mask. Finding an operand in the prompt, and copying it,
 # is learnt several times sooner that way (WARM_UP=0 leaves it out).
 origin=(model=scratch model.config="$run/start")
 if [[ "${WARM_UP:-1}" == 1 ]]; then
   if [[ ! -e "$run/warm_up/final/config.json" ]]; then
     sft "${origin[@]}" loss.name=next_token view.tail_share=0 view.tail_max=0 view.block_share=0 \
-      training.max_steps=1600 training.decay_steps=200 output_dir="$run/warm_up"
+      training.max_steps=4000 training.decay_steps=600 output_dir="$run/warm_up"
   fi
   origin=(model=tiny model.path="$run/warm_up/final")
 fi
