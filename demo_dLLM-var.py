@@ -3,7 +3,7 @@
     python demo_dLLM-var.py                                    the bundled model, interactive
     python demo_dLLM-var.py --prompt "Write 1,024 in words."   one answer
     printf 'one\\ntwo\\n' | python demo_dLLM-var.py --plain      one answer for each line
-    python demo_dLLM-var.py --model FOLDER_OR_HUB_NAME         another model of LLaDA's format
+    python demo_dLLM-var.py --model FOLDER_OR_HUB_NAME         another model of LLaDA's format, or a LoRA adapter
 
 Every question stands alone: the model does not see the ones before it. This file only shows what `dllm_var.stream` tells.
 """
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             seed=options.seed,
         )
         with console.status(f"loading {options.model} …"):
-            model = load_pretrained(options.model)
+            model = load_pretrained(options.model, base=options.base)
     except ValueError as error:
         return complain(error, 2)
     except (MemoryError, torch.OutOfMemoryError):
@@ -75,6 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options; those that are not given stay None and mean the method's own default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", metavar="FOLDER_OR_HUB_NAME", help="default: the bundled model")
+    parser.add_argument("--base", metavar="FOLDER_OR_HUB_NAME", help="of an adapter, if it is not where the adapter says")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and end")
     parser.add_argument("--max_gen_length", type=int, metavar="N", help="the longest answer in tokens")
     parser.add_argument("--block_length", type=int, metavar="N", help="tokens decoded together")

@@ -71,7 +71,7 @@ def picture(row: Row, names: list[str], tokenizer: PreTrainedTokenizerBase) -> T
 def pictures(config: SftConfig, number: int) -> Iterator[Text]:
     """The first rows of a training with these settings, each with a line of figures."""
     tokenizer, special = open_tokenizer(config)
-    stream = build_stream(config, load_config(shape_folder(config)).embedding_rows, special)
+    stream = build_stream(config, load_config(shape_folder(config)).embedding_rows, special, tokenizer)
     collate = build_collate(config, special)
     for row in islice(stream, number):
         batch = collate([row])

@@ -3,6 +3,7 @@
 Start with ``model = load_pretrained("tiny")`` and ``generate(model, ["Write 1,024 in words."])[0].text``.
 """
 
+import dllm_var.quiet  # noqa: F401 (before anything imports transformers)
 from dllm_var.decoding.config import GenerationConfig
 from dllm_var.decoding.results import Event, Generation
 from dllm_var.generation import generate, stream

@@ -8,23 +8,32 @@ are is read from the imports, beginning at `dllm_var.hub_model`, so an export ca
 """
 
 import ast
+import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dllm_var.model.checkpoint import MAX_SHARD_BYTES, CheckpointSummary, save_model
+from dllm_var.model.checkpoint import MAX_SHARD_BYTES, CheckpointSummary, load_model, save_model
 from dllm_var.model.llada import LLaDAModelLM
+from dllm_var.pretrained import Pretrained
 from dllm_var.text.special_tokens import resolve
 
 PACKAGE = "dllm_var"
 ENTRY = f"{PACKAGE}.hub_model"
 # The names by which the released checkpoints are known to other software.
+HASHES = "SHA256SUMS"
+WRITTEN_BY = f"# Written by {PACKAGE}.export"  # opens every code file of an export
+PROBE_TOKENS = 32
 FILE_NAMES = {ENTRY: "modeling_llada", f"{PACKAGE}.model.config": "configuration_llada"}
 AUTO_MAP = {
     "AutoConfig": "configuration_llada.LLaDAConfig",
@@ -66,6 +75,124 @@ def export(
         (folder / "README.md").write_text(model_card, encoding="utf-8")
     more = {"auto_map": AUTO_MAP} if special.eot is None else {"auto_map": AUTO_MAP, "eot_token_id": special.eot}
     return save_model(model, folder, max_shard_bytes, dtype, config_fields=more)
+
+
+@dataclass(frozen=True)
+class Release:
+    """A finished export.
+
+    Attributes:
+        summary: of the weights. rounding: largest difference between logits before and after the weights were rounded to
+            the stored dtype, and largest logit, both on the probe.
+    """
+
+    summary: CheckpointSummary
+    rounding: float
+    largest: float
+
+
+def release(
+    pretrained: Pretrained,
+    folder: str | Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    model_card: Callable[[LLaDAModelLM], str] | None = None,
+) -> Release:
+    """`export` with proof: hashes of all files, weights reopened and their logits compared bit for bit, then put in place.
+
+    Everything is written beside the target and renamed at the end, so that a half export never has the target's name.
+
+    Args:
+        pretrained: what to export; its weights are rounded to ``dtype`` in place.
+        folder: new, empty, or an earlier export, which is then replaced.
+        model_card: makes README.md from the rounded model.
+
+    Raises:
+        ValueError: see `check_target` and `export`; or what was reopened computes other logits.
+    """
+    folder = Path(folder)
+    check_target(folder)
+    assert pretrained.tokenizer is not None
+    model, mask = pretrained.model, pretrained.special.mask
+    before = probe(model, mask)
+    model.to(dtype=dtype)  # type: ignore[call-arg]
+    rounded = probe(model, mask)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as room:
+        made = Path(room) / folder.name
+        card = None if model_card is None else model_card(model)
+        summary = export(model, pretrained.tokenizer, made, dtype, max_shard_bytes, card)
+        write_hashes(made)
+        again = probe(load_model(made), mask)
+        if not torch.equal(rounded, again):
+            difference = (rounded.float() - again.float()).abs().max().item()
+            raise ValueError(f"the export was reopened and computes other logits (by {difference}), so it was not kept.")
+        check_hashes(made)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(made, folder)
+    rounding = (before.float() - rounded.float()).abs().max().item()
+    return Release(summary, rounding, rounded.float().abs().max().item())
+
+
+@torch.no_grad()
+def probe(model: LLaDAModelLM, mask: int) -> torch.Tensor:
+    """Logits of a fixed canvas, every other position a mask, in the model's dtype."""
+    ids = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids[:, ::2] = mask
+    logits = model(ids.to(model.device)).logits
+    assert logits is not None
+    return cast(torch.Tensor, logits.cpu())
+
+
+def check_target(folder: Path) -> None:
+    """Refuse a target that holds anything but an earlier export.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not _is_export(folder):
+        raise ValueError(f"output {folder} holds files that no export of ours wrote: choose a new or empty folder.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file: choose a folder.")
+
+
+def write_hashes(folder: Path) -> None:
+    """SHA256SUMS for all files of a folder, in the form that ``sha256sum -c`` reads."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != HASHES)
+    (folder / HASHES).write_text("".join(f"{_sha256(folder / name)}  {name}\n" for name in names), encoding="utf-8")
+
+
+def check_hashes(folder: Path) -> None:
+    """Compare a folder's files with its SHA256SUMS.
+
+    Raises:
+        ValueError: naming the files that are missing or differ.
+    """
+    bad = [n for n, digest in _listed(folder).items() if not (folder / n).is_file() or _sha256(folder / n) != digest]
+    if bad:
+        raise ValueError(f"{folder}: {', '.join(bad)} not as {HASHES} says.")
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    lines = (folder / HASHES).read_text(encoding="utf-8").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _is_export(folder: Path) -> bool:
+    code = folder / f"{FILE_NAMES[ENTRY]}.py"
+    if not (folder / HASHES).is_file() or not code.is_file():
+        return False
+    there = {path.name for path in folder.iterdir()} - {HASHES}
+    return code.read_text(encoding="utf-8").startswith(WRITTEN_BY) and there == set(_listed(folder))
 
 
 def flat_name(module: str) -> str:
@@ -125,7 +252,7 @@ def _flatten(module: str) -> tuple[str, list[str]]:
         lines[at] = lines[at].replace(f"from {node.module} import", f"from .{flat_name(node.module)} import", 1)
         needed.append(node.module)
     origin = f"{module.replace('.', '/')}.py"
-    return "\n".join([f"# Written by {PACKAGE}.export from {origin}: change it there.", *lines]) + "\n", needed
+    return "\n".join([f"{WRITTEN_BY} from {origin}: change it there.", *lines]) + "\n", needed
 
 
 def _is_ours(name: str) -> bool:

@@ -4,6 +4,7 @@ Called by users, the demo and `evaluation/` through `dllm_var.load_pretrained`.
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dllm_var.model.adapter import Adapter, apply_adapter, check_base, is_adapter, read_adapter
 from dllm_var.model.checkpoint import load_config, load_model
 from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.text.chat import Message, render_prompt
@@ -54,28 +56,74 @@ class Pretrained:
 
 
 def load_pretrained(
-    name_or_folder: str | Path = BUNDLED, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    name_or_folder: str | Path = BUNDLED,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    base: str | Path | None = None,
+    merge: bool = True,
 ) -> Pretrained:
-    """Open a LLaDA-format model for inference.
+    """Open a LLaDA-format model, or a LoRA adapter with the model that it belongs to, for inference.
 
     Args:
         name_or_folder: "tiny" for the bundled model, a folder, or the name of a model on the Hugging Face hub
             (``owner/name``). Only a hub name uses the network, and only if no such path exists here.
         dtype: of the weights; default float32 on the CPU (where bfloat16 is several times slower), else as stored.
         device: default the GPU if there is one, else the CPU.
+        base: only for an adapter: its base model, if it is not where the adapter says.
+        merge: only for an adapter: add it to the base's weights (faster) instead of keeping it beside them.
 
     Raises:
-        ValueError: no such folder or hub model, a folder that is no checkpoint, a tokenizer that does not fit, or too
-            little memory.
+        ValueError: no such folder or hub model, a folder that is no checkpoint, a tokenizer that does not fit, too
+            little memory, or an adapter without its base.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = resolve_folder(name_or_folder)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
-    load_config(folder)  # says first whether the folder is a checkpoint at all
-    tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype=dtype, device=device)
+    return open_pretrained(name_or_folder, dtype, device, base=base, merge=merge)
+
+
+def open_pretrained(
+    name_or_folder: str | Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    *,
+    base: str | Path | None = None,
+    merge: bool = True,
+) -> Pretrained:
+    """`load_pretrained` without its choices: dtype None always means the stored one. Called by the exporter."""
+    folder = resolve_folder(name_or_folder)
+    adapter = read_adapter(folder) if is_adapter(folder) else None
+    if adapter is None and base is not None:
+        raise ValueError(f"base={str(base)!r} only goes with an adapter, and {folder} is a whole model.")
+    whole = folder if adapter is None else base_folder(adapter, base)
+    load_config(whole)  # says first whether the folder is a checkpoint at all
+    tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else whole)
+    model = load_model(whole, dtype=dtype, device=device)
+    if adapter is not None:
+        model = apply_adapter(model, adapter, merge)
     return Pretrained(model, tokenizer, resolve(tokenizer, model.config))
+
+
+def base_folder(adapter: Adapter, base: str | Path | None = None) -> Path:
+    """The folder of the model that an adapter belongs to: the one given here, else the one it names.
+
+    Raises:
+        ValueError: it is not to be found, or its weights are not those that the adapter was trained on.
+    """
+    name = base or adapter.base
+    if name is None:
+        raise ValueError(f"{adapter.folder} does not say which model it belongs to: give that with base= (--base).")
+    try:
+        folder = resolve_folder(name)
+    except ValueError as error:
+        raise ValueError(f"{adapter.folder} is an adapter of {name}, give that with base= (--base): {error}") from error
+    check_base(adapter, folder)
+    if adapter.base_hash is None:
+        warnings.warn(
+            f"{adapter.folder} carries no hash of its base: whether {name} is the right one cannot be checked.", stacklevel=3
+        )
+    return folder
 
 
 def resolve_folder(name_or_folder: str | Path) -> Path:

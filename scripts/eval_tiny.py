@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "max_gen_length 256": {"block_length": 32, "max_gen_length": 256, "cache": "block_commit"},
     "no cache": {"block_length": 32, "max_gen_length": 1024, "cache": "none"},
 }
+STUDIES = {"editing": {"block_length": 32, "max_gen_length": 1024, "enable_editing": True}}  # measured only when asked for
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, *STUDIES], default=list(SETTINGS))
     parser.add_argument("--output", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
     if args.prompts < 1 or args.batch_size < 1:
@@ -111,7 +112,7 @@ def main() -> None:
     console, started, results = Console(), time.time(), {}
     for name in args.settings:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            results[name] = measure(model, SETTINGS[name], args, progress)
+            results[name] = measure(model, (SETTINGS | STUDIES)[name], args, progress)
         show(console, name, results[name])
     line = json.dumps(
         {

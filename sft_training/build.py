@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import PreTrainedTokenizerBase
 
 from dllm_var.model.checkpoint import load_config, load_model
@@ -18,9 +19,10 @@ from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.pretrained import resolve_folder
 from dllm_var.text.special_tokens import SpecialTokens, resolve
 from dllm_var.text.tokenizer import load_tokenizer
-from sft_training.config import SftConfig, packer_of
+from sft_training.config import SftConfig, SourceSection, packer_of
 from sft_training.data import Collate, RowStream
-from sft_training.samples import SampleFiles, find_files
+from sft_training.mixture import Mixture, Source
+from sft_training.samples import SampleFiles, SampleRules, Samples, find_files
 
 
 def shape_folder(config: SftConfig) -> Path:
@@ -40,21 +42,22 @@ def open_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, SpecialT
     return tokenizer, resolve(tokenizer, load_config(folder))
 
 
-def build_model(config: SftConfig) -> LLaDAModelLM:
-    """The model to train, float32: loaded, or new with weights drawn from training.seed."""
+def build_model(config: SftConfig, dtype: torch.dtype | None = torch.float32) -> LLaDAModelLM:
+    """The model to train: loaded (dtype None: as stored), or new with weights drawn from training.seed."""
     if config.model.from_scratch:
         torch.manual_seed(config.training.seed)
-        return LLaDAModelLM(load_config(shape_folder(config))).float()
-    return load_model(shape_folder(config), torch.float32)
+        return LLaDAModelLM(load_config(shape_folder(config))).to(dtype)
+    return load_model(shape_folder(config), dtype)
 
 
 def compile_network(model: LLaDAModelLM) -> None:
     """Compile the network in place; names of weights stay as they are.
 
     The compiler's cache is new for every start unless the environment names one: a run that is killed while it compiles
-    leaves half a library in it, at which every later run would fail.
+    leaves half a library in it, at which every later run would fail. The shared default counts as none: importing torchao
+    puts it there.
     """
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
         cache = tempfile.TemporaryDirectory(prefix="sft-compiled-")
         atexit.register(cache.cleanup)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
@@ -84,26 +87,67 @@ def rows_per_step(config: SftConfig) -> int:
     return config.training.local_batch_size * config.training.grad_accum_steps * world_size()
 
 
-def build_samples(option: str, given: Any, vocabulary: int, special: SpecialTokens) -> SampleFiles:
-    """The samples in the files that a setting names."""
-    return SampleFiles(find_files(option, given), vocabulary=vocabulary, mask_id=special.mask)
+def sample_rules(
+    config: SftConfig, vocabulary: int, special: SpecialTokens, tokenizer: PreTrainedTokenizerBase | None
+) -> SampleRules:
+    """What makes a sample of a record; without a tokenizer only records of token ids are samples."""
+    return SampleRules(vocabulary, special.mask, tokenizer, config.dataset.template)
 
 
-def build_stream(config: SftConfig, vocabulary: int, special: SpecialTokens) -> RowStream:
-    """The global stream of packed rows."""
+def open_files(option: str, given: Any, rules: SampleRules) -> Samples:
+    """The samples in the files that a setting names.
+
+    Raises:
+        ValueError: no file, files of two kinds, or one that cannot be used.
+    """
+    files = find_files(option, given)
+    tables = [path for path in files if path.suffix == ".parquet"]
+    if not tables:
+        return SampleFiles(files, rules)
+    if len(tables) < len(files):
+        raise ValueError(f"{option} names Parquet files ({tables[0]}) and others: make two of dataset.sources of them.")
+    from sft_training.tables import open_parquet
+
+    return open_parquet(files, rules)
+
+
+def build_mixture(config: SftConfig, rules: SampleRules) -> Mixture:
+    """All sources of the run, opened."""
     section = config.dataset
+    single = SourceSection("data", 1.0, section.files, section.hub, section.split)
+    sources = []
+    for number, source in enumerate(section.sources or [single]):
+        place = f"dataset.sources[{number}]" if section.sources else "dataset"
+        if source.hub is None:
+            samples = open_files(f"{place}.files", source.files, rules)
+        else:
+            from sft_training.tables import open_hub
+
+            samples = open_hub(f"{place}.hub", source.hub, source.split, rules)
+        sources.append(Source(source.name, samples, source.weight))
+    shuffle_seed = section.shuffle_seed if section.shuffle else None
+    return Mixture(sources, seed=config.training.seed, shuffle_seed=shuffle_seed)
+
+
+def build_stream(
+    config: SftConfig, vocabulary: int, special: SpecialTokens, tokenizer: PreTrainedTokenizerBase | None = None
+) -> RowStream:
+    """The global stream of packed rows; sources of text need a tokenizer."""
     return RowStream(
-        build_samples("dataset.files", section.files, vocabulary, special),
+        build_mixture(config, sample_rules(config, vocabulary, special, tokenizer)),
         config.view_settings(),
         packer_of(config, special.pad),
         seed=config.training.seed,
+        mask_id=special.mask,
         epochs=config.passes(),
-        shuffle_seed=section.shuffle_seed if section.shuffle else None,
         rows_per_step=rows_per_step(config),
+        ahead=config.dataset.prefetch_steps,
     )
 
 
-def training_steps(config: SftConfig, vocabulary: int, special: SpecialTokens) -> int:
+def training_steps(
+    config: SftConfig, vocabulary: int, special: SpecialTokens, tokenizer: PreTrainedTokenizerBase | None = None
+) -> int:
     """training.max_steps, or as many as the passes over the data give (found by packing them once).
 
     Raises:
@@ -114,7 +158,7 @@ def training_steps(config: SftConfig, vocabulary: int, special: SpecialTokens) -
         assert wanted is not None
         return wanted
     size = rows_per_step(config)
-    stream = build_stream(config, vocabulary, special)
+    stream = build_stream(config, vocabulary, special, tokenizer)
     steps = sum(1 for _ in islice(stream, wanted and wanted * size)) // size
     if steps == 0:
         raise ValueError(
@@ -139,4 +183,5 @@ def build_collate(config: SftConfig, special: SpecialTokens) -> Collate:
         next_token=config.loss.name == "next_token",
         always_real=config.packing.mode == "whole",
         within_sample=config.packing.attention == "sample",
+        sources=tuple(source.name for source in config.dataset.sources),
     )

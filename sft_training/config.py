@@ -11,11 +11,14 @@ from dllm_var.diffusion.corruption import ForwardProcess
 from dllm_var.diffusion.decoding_view import DecodingView
 from dllm_var.diffusion.objective import LOSSES
 from dllm_var.diffusion.packing import Packer
+from dllm_var.text.chat import TEMPLATES
+from sft_training.precision import check_fp8_settings
 
 SCHEDULES = ("linear", "constant", "wsd")
 OPTIMIZERS = ("adamw", "muon")
 ATTENTIONS = ("full", "sample")
 PRECISIONS = ("auto", "fp32", "bf16")
+ADAPTERS = ("none", "lora", "qlora")
 USUAL_PASSES = 3  # of LLaDA's SFT (2502.09992)
 
 
@@ -29,11 +32,25 @@ class ModelSection:
 
 
 @dataclass
+class SourceSection:
+    name: str = "data"
+    weight: Optional[float] = None  # noqa: UP045
+    files: Any = None
+    hub: Optional[str] = None  # noqa: UP045
+    split: str = "train"
+
+
+@dataclass
 class DatasetSection:
     files: Any = None
+    hub: Optional[str] = None  # noqa: UP045
+    split: str = "train"
+    sources: list[SourceSection] = field(default_factory=list)
+    template: str = "chat"
     epochs: Optional[int] = None  # noqa: UP045
     shuffle: bool = True
     shuffle_seed: int = 42
+    prefetch_steps: int = 2
 
 
 @dataclass
@@ -58,6 +75,7 @@ class ForwardSection:
     t_max: float = 0.9
     t_per: str = "row"
     always_mask_eos: bool = True
+    edit_share: float = 0.0
 
 
 @dataclass
@@ -67,8 +85,25 @@ class LossSection:
 
 
 @dataclass
+class Fp8Section:
+    backend: Optional[str] = None  # noqa: UP045
+    recipe: str = "tensorwise"
+    emulate: bool = False
+
+
+@dataclass
 class PrecisionSection:
     dtype: str = "auto"
+    fp8: Fp8Section = field(default_factory=Fp8Section)
+
+
+@dataclass
+class AdapterSection:
+    kind: str = "none"
+    r: int = 32
+    alpha: int = 256
+    dropout: float = 0.05
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
 
 
 @dataclass
@@ -88,6 +123,7 @@ class TrainingSection:
     logging_steps: int = 1
     save_steps: int = 4000
     save_total_limit: Optional[int] = 10  # noqa: UP045
+    on_nan: str = "stop"
     gradient_checkpointing: bool = False
     compile: bool = False
     device: str = "auto"
@@ -119,6 +155,7 @@ class SftConfig:
     forward_process: ForwardSection = field(default_factory=ForwardSection)
     loss: LossSection = field(default_factory=LossSection)
     precision: PrecisionSection = field(default_factory=PrecisionSection)
+    adapter: AdapterSection = field(default_factory=AdapterSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     validation: ValidationSection = field(default_factory=ValidationSection)
     output_dir: str = "outputs/sft"
@@ -151,11 +188,18 @@ def check(config: SftConfig) -> None:
     _choice("packing.attention", config.packing.attention, ATTENTIONS)
     _choice("loss.name", config.loss.name, LOSSES)
     _choice("precision.dtype", config.precision.dtype, PRECISIONS)
+    check_fp8_settings(config)
+    if config.forward_process.edit_share > 0 and config.loss.name in ("elbo", "next_token"):
+        raise ValueError(
+            f"forward_process.edit_share={config.forward_process.edit_share} with loss.name={config.loss.name!r}: visible "
+            "tokens can only be trained with plain_mean or token_sum_global."
+        )
     _choice("model.final_dtype", config.model.final_dtype, ("fp32", "bf16"))
     training = config.training
     _choice("training.optimizer", training.optimizer, OPTIMIZERS)
     _choice("training.schedule", training.schedule, SCHEDULES)
     _choice("training.device", training.device, ("auto", "cpu"))
+    _choice("training.on_nan", training.on_nan, ("stop", "skip"))
     for name in ("local_batch_size", "grad_accum_steps", "logging_steps", "save_steps"):
         _at_least(f"training.{name}", getattr(training, name), 1)
     for name in ("max_steps", "threads", "expect_processes", "save_total_limit"):
@@ -174,16 +218,64 @@ def check(config: SftConfig) -> None:
         )
     if len(training.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in training.betas):
         raise ValueError(f"training.betas={training.betas}: give two numbers in [0, 1).")
+    check_sources(config.dataset)
+    _choice("dataset.template", config.dataset.template, TEMPLATES)
+    _at_least("dataset.prefetch_steps", config.dataset.prefetch_steps, 0)
+    _check_adapter(config)
     _check_model(config)
+
+
+def _check_adapter(config: SftConfig) -> None:
+    adapter = config.adapter
+    _choice("adapter.kind", adapter.kind, ADAPTERS)
+    _at_least("adapter.r", adapter.r, 1)
+    _at_least("adapter.alpha", adapter.alpha, 1)
+    if not 0.0 <= adapter.dropout < 1.0:
+        raise ValueError(f"adapter.dropout={adapter.dropout}: must be at least 0 and below 1.")
+    if adapter.kind == "none":
+        return
+    if not adapter.targets:
+        raise ValueError(f"adapter.kind={adapter.kind!r} with adapter.targets=[]: name at least one layer.")
+    if config.training.optimizer == "muon":
+        raise ValueError(
+            "training.optimizer='muon' with an adapter: Muon is made for whole matrices, not for the two factors of a "
+            "product. Set training.optimizer=adamw."
+        )
+    if config.model.from_scratch:
+        raise ValueError("model.from_scratch=true with an adapter: its base would be lost, so give model.path instead.")
+
+
+def check_sources(section: DatasetSection) -> None:
+    """The rules of ``dataset``: one kind of place for the samples, and sources that can be told apart.
+
+    Raises:
+        ValueError: naming option, value and fix.
+    """
+    given = [name for name in ("files", "hub", "sources") if getattr(section, name) not in (None, [])]
+    if not given:
+        raise ValueError(
+            "dataset.files is not set: give one tokenised JSON Lines file, a glob or a list of them "
+            "(dataset/transfer_text2token.py writes such files); or set dataset.hub or dataset.sources."
+        )
+    if len(given) > 1:
+        both = f"dataset.{given[0]} and dataset.{given[1]} are both set"
+        raise ValueError(f"{both}: give one of them (dataset.sources may list files and hub datasets).")
+    names = [source.name for source in section.sources]
+    for number, source in enumerate(section.sources):
+        place = f"dataset.sources[{number}]"
+        if not source.name or "/" in source.name or names.count(source.name) > 1:
+            raise ValueError(f"{place}.name={source.name!r}: every source needs a name of its own, without '/'.")
+        if (source.files is None) == (source.hub is None):
+            raise ValueError(f"{place} ({source.name}): give either files or hub.")
+        if source.weight is None or not 0 < source.weight < float("inf"):
+            raise ValueError(f"{place}.weight={source.weight}: give a number above 0, its share of the samples drawn.")
+    for place, source in [("dataset", section), *((f"dataset.sources[{i}]", s) for i, s in enumerate(section.sources))]:
+        if source.hub is None and source.split != "train":
+            raise ValueError(f"{place}.split={source.split!r}: only a hub dataset has splits, and {place}.hub is not set.")
 
 
 def _check_model(config: SftConfig) -> None:
     model = config.model
-    if config.dataset.files is None:
-        raise ValueError(
-            "dataset.files is not set: give one tokenised JSON Lines file, a glob or a list of them "
-            "(dataset/transfer_text2token.py writes such files)."
-        )
     if model.from_scratch:
         if model.config is None:
             raise ValueError("model.from_scratch=true needs model.config=FOLDER with the config.json of the new model.")

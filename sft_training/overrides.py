@@ -7,7 +7,7 @@ for a mistyped key names no other.
 import difflib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,7 +29,7 @@ def compose_settings(overrides: list[str]) -> SftConfig:
     check_overrides(overrides)
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return typed(compose("sft", overrides))
+            return typed(compose("sft", keep_words(overrides)))
     except HydraException as error:
         raise ValueError(" ".join(str(error).split("Config search path")[0].split())) from error
 
@@ -72,6 +72,21 @@ def check_overrides(arguments: list[str]) -> None:
             node = get_type_hints(node)[part]
 
 
+def keep_words(arguments: list[str]) -> list[str]:
+    """The same command line with quotes where a word is wanted and Hydra would read a number: output_dir=1e5."""
+    kept = []
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        node: Any = SftConfig
+        for part in key.lstrip("+").split("."):
+            node = get_type_hints(node).get(part) if is_dataclass(node) else None
+        if sign and node in (str, str | None, Any):
+            read = OverridesParser.create().parse_override(argument).value()
+            value = f"'{value}'" if isinstance(read, bool | int | float) else value
+        kept.append(key + sign + value)
+    return kept
+
+
 def _refuse_unknown(values: dict[Any, Any], section: Any, path: str) -> None:
     hints = get_type_hints(section)
     for key, value in values.items():
@@ -83,6 +98,11 @@ def _refuse_unknown(values: dict[Any, Any], section: Any, path: str) -> None:
                 valid = ", ".join(f.name for f in fields(hints[key]))
                 raise ValueError(f"config key {full}={value!r} is a section: set one of its keys ({valid}).")
             _refuse_unknown(value, hints[key], full)
+        elif isinstance(value, list) and is_dataclass(item := (get_args(hints[key]) or (None,))[0]):
+            for number, entry in enumerate(value):
+                if not isinstance(entry, dict):
+                    raise ValueError(f"config key {full}[{number}]={entry!r}: give {{name: …}} and so on.")
+                _refuse_unknown(entry, item, f"{full}[{number}]")
 
 
 def _unknown(key: str, section: Any, path: str, part: str) -> ValueError:

@@ -83,9 +83,16 @@ def trace_rows(folder: Path, rank: int, counts: Counts) -> None:
 
 
 def append_metrics(folder: Path, step: int, values: dict[str, Any]) -> None:
-    """Add a line to metrics.jsonl."""
-    with (folder / METRICS_FILE).open("a", encoding="utf-8") as out:
-        out.write(json.dumps({"step": step, **values}) + "\n")
+    """Add a line to metrics.jsonl, the whole of it or, when the disk is full, nothing."""
+    line = (json.dumps({"step": step, **values}) + "\n").encode()
+    with (folder / METRICS_FILE).open("ab", buffering=0) as out:
+        before = out.tell()
+        try:
+            while line:
+                line = line[out.write(line) :]
+        except OSError:
+            out.truncate(before)
+            raise
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -98,7 +105,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def forget_metrics_after(folder: Path, step: int) -> None:
     """Drop what a run noted after the checkpoint from which it goes on, so that no step stands there twice."""
     kept = [line for line in read_metrics(folder) if line["step"] <= step]
-    (folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    _replace(folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def draw_curve(folder: Path) -> None:
@@ -126,10 +133,20 @@ def write_run(folder: Path, facts: dict[str, Any]) -> None:
     file = folder / RUN_FILE
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     stamp = {"updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "torch": torch.__version__}
-    file.write_text(json.dumps({**known, **facts, **stamp}, indent=2) + "\n", encoding="utf-8")
+    _replace(file, json.dumps({**known, **facts, **stamp}, indent=2) + "\n")
 
 
 def write_config(folder: Path, resolved: dict[str, Any]) -> None:
     """config.yaml: every setting, defaults included, as it was after all overrides."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    _replace(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file anew; whatever happens, it holds the old text or the new one."""
+    fresh = file.with_name(f"{file.name}.new")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(file)
+    finally:
+        fresh.unlink(missing_ok=True)

@@ -5,7 +5,9 @@ model in LLaDA's format (``final``), run.json, metrics.jsonl, loss.png, TensorBo
 output_dir goes on from the newest checkpoint, with the same losses as if it had not stopped.
 """
 
+import dllm_var.quiet  # noqa: F401  # isort: skip (before transformers)
 import os
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,25 +20,42 @@ from omegaconf import DictConfig
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dllm_var.model.checkpoint import load_config, save_model
+from dllm_var.model.checkpoint import load_config
+from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.pretrained import Pretrained
 from dllm_var.text.special_tokens import SpecialTokens
+from sft_training.adapters import adapter_facts, attach, plan_adapter, save_network
 from sft_training.build import (
     build_collate,
     build_model,
-    build_samples,
     build_stream,
     check_processes,
     compile_network,
+    open_files,
     open_tokenizer,
+    sample_rules,
     shape_folder,
     training_steps,
     world_size,
 )
+from sft_training.checkpoints import PARTIAL, RunStopped, checkpoint_to_resume, full_disk_told, make_ready, resume_stream
 from sft_training.config import SftConfig
-from sft_training.overrides import check_overrides, compose_settings, typed
+from sft_training.overrides import check_overrides, compose_settings, keep_words, typed
+from sft_training.precision import apply_fp8, check_fp8
 from sft_training.records import Recorder, RunFile, write_config, write_run
-from sft_training.trainer import SftTrainer, is_checkpoint, newest_checkpoint, resume_stream
+from sft_training.sharding import (
+    SameWay,
+    acting,
+    check_sharding,
+    inside,
+    masters,
+    shards_weights,
+    spare_the_compiler,
+    suit_fsdp,
+    weights_dtype,
+)
+from sft_training.trainer import SftTrainer
+from sft_training.universal import load_universal, ready_for
 from sft_training.validation import Validator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -86,7 +105,7 @@ def arguments(config: SftConfig, max_steps: int) -> TrainingArguments:
         seed=t.seed,
         bf16=use_bf16(config),
         use_cpu=cpu,
-        ddp_backend="gloo" if cpu and world_size() > 1 else None,
+        ddp_backend="gloo" if cpu and "LOCAL_RANK" in os.environ else None,
         ddp_find_unused_parameters=False,
         dataloader_num_workers=0,
         dataloader_pin_memory=not cpu,
@@ -104,41 +123,30 @@ def arguments(config: SftConfig, max_steps: int) -> TrainingArguments:
     return args
 
 
-def checkpoint_to_resume(config: SftConfig) -> Path | None:
-    """The checkpoint from which to go on, None for a fresh start.
-
-    Raises:
-        ValueError: resume names a folder that is no checkpoint.
-    """
-    if config.resume == "never":
-        return None
-    if config.resume == "auto":
-        return newest_checkpoint(Path(config.output_dir))
-    folder = Path(config.resume)
-    if not is_checkpoint(folder):
-        raise ValueError(f"resume={config.resume!r}: choose auto, never, or the folder of a complete checkpoint.")
-    return folder
-
-
 def facts(trainer: SftTrainer, special: SpecialTokens) -> dict[str, Any]:
     """The settings as they act, read from the built parts and not from the configuration."""
     assert trainer.optimizer is not None
     assert trainer.lr_scheduler is not None
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # inside the library's wrapper
-    args, schedule = trainer.args, trainer.lr_scheduler.lr_lambdas[0]
+    optimizer, args, scheduler = inside(trainer.optimizer), trainer.args, trainer.lr_scheduler
+    peak, schedule = scheduler.base_lrs[0], scheduler.lr_lambdas[0]
     return {
         "optimizer": [type(part).__name__ for part in getattr(optimizer, "parts", [optimizer])],
-        "lr_at_steps": {str(step): args.learning_rate * schedule(step) for step in (0, 50, 100)},
+        "lr_at_steps": {str(step): peak * schedule(step) for step in (0, 50, 100)},
         "max_steps": args.max_steps,
         "world_size": args.world_size,
         "distributed_type": trainer.accelerator.distributed_type.value,
+        "sharding": acting(trainer),
         "device": str(args.device),
         "tokens_per_step": trainer.rows_per_step * trainer.config.packing.max_length,
         "weights": str(next(trainer.network.parameters()).dtype).removeprefix("torch."),
+        "master_weights": str(masters(trainer.optimizer).dtype).removeprefix("torch."),
         "autocast": trainer.accelerator.mixed_precision,
-        "parameters": sum(value.numel() for value in trainer.network.parameters()),
+        "fp8": getattr(trainer.network, "fp8_report", None),
+        "parameters": trainer.parameters,
+        **adapter_facts(trainer.network),
         "threads": torch.get_num_threads(),
-        "samples": len(trainer.stream.samples),
+        "samples": len(trainer.stream.mixture),
+        "sources": trainer.stream.sources(trainer.stream.first_row),
         "special_tokens": {"mask": special.mask, "stop": list(special.stop), "pad": special.pad},
     }
 
@@ -150,50 +158,105 @@ def prepare(config: SftConfig) -> tuple[SftTrainer, Path | None]:
         ValueError: settings, data or checkpoint are not usable; weights are read last.
     """
     check_processes(config.training.expect_processes)
+    way = check_sharding(config, world_size())
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     tokenizer, special = open_tokenizer(config)
-    vocabulary = load_config(shape_folder(config)).embedding_rows
+    shape, fp8 = load_config(shape_folder(config)), config.precision.fp8
+    vocabulary = shape.embedding_rows
+    check_fp8(fp8, shape, on_cpu(config))
     held_out = None
     if config.validation.files is not None:
-        held_out = build_samples("validation.files", config.validation.files, vocabulary, special)
-    checkpoint = checkpoint_to_resume(config)
-    max_steps = training_steps(config, vocabulary, special)
-    stream = build_stream(config, vocabulary, special)
+        rules = sample_rules(config, vocabulary, special, tokenizer)
+        held_out = open_files("validation.files", config.validation.files, rules)
+    max_steps = training_steps(config, vocabulary, special, tokenizer)
+    stream = build_stream(config, vocabulary, special, tokenizer)
+    if on_cpu(config) and way.startswith("zero"):
+        spare_the_compiler()
+    args = arguments(config, max_steps)
+    checkpoint = checkpoint_to_resume(Path(config.output_dir), config.resume)
+    plan = plan_adapter(config, checkpoint, way)
+    universal = False
     if checkpoint is not None:
         resume_stream(stream, checkpoint)
-    args = arguments(config, max_steps)
-    model = build_model(config)
+        universal = ready_for(checkpoint, way, args)
+    stored = plan is not None and args.bf16  # a base that is not trained needs no more digits than it has on disk
+    network = model = build_model(config, None if stored else weights_dtype(way, args.bf16))
+    if fp8.backend is not None:
+        apply_fp8(model, fp8.backend, fp8.recipe, fp8.emulate)
     if config.training.gradient_checkpointing:
         # the library is renaming it: releases know one name, the other, or both
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": way == "zero3"})  # ZeRO-3 hands out its shards while the other kind compares shapes
     if config.training.compile:
         compile_network(model)
+    if plan is not None:
+        model = attach(network, plan, config.training.seed, args.device)
     folder = Path(config.output_dir)
     trainer = SftTrainer(model, args, config, stream, build_collate(config, special), tokenizer, [Recorder(folder)])
+    if universal:
+        load_universal(trainer)
+    if way.startswith("fsdp"):
+        suit_fsdp(trainer, network)
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
     if held_out is not None:
-        trainer.add_callback(Validator(config.validation, held_out, Pretrained(model, tokenizer, special), trainer.log))
+        pretrained = Pretrained(network, tokenizer, special)
+        trainer.add_callback(Validator(config.validation, held_out, pretrained, trainer.log, together=shards_weights(way)))
+    trainer.add_callback(SameWay(trainer, way))
     trainer.add_callback(RunFile(folder, lambda: facts(trainer, special)))
     return trainer, checkpoint
 
 
 def train(config: SftConfig) -> SftTrainer:
-    """A whole run, from the settings to ``<output_dir>/final``; raises what `prepare` raises."""
+    """A whole run, from the settings to ``<output_dir>/final``.
+
+    Raises:
+        ValueError: as `prepare`.
+        RunStopped: the run ended early, by a signal, a loss that is not finite, or a full disk.
+    """
     trainer, checkpoint = prepare(config)
     folder = Path(config.output_dir)
-    if trainer.is_world_process_zero():
-        write_config(folder, asdict(config))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if trainer.is_world_process_zero():
-        save_model(trainer.network, folder / "final", dtype=DTYPES[config.model.final_dtype])
-        trainer.tokenizer.save_pretrained(folder / "final")
-        stream = trainer.stream
-        ended = {"steps": trainer.state.global_step, "dropped_samples": stream.dropped, "rows_left_over": stream.left_over}
-        write_run(folder, ended)
+    with full_disk_told(folder):
+        if trainer.is_world_process_zero():
+            make_ready(folder, checkpoint)
+            write_config(folder, asdict(config))
+        with trainer.guard.listening():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        step, last = trainer.state.global_step, trainer.state.max_steps
+        if trainer.guard.stopped_by is not None and step < last:
+            raise RunStopped(
+                f"{trainer.guard.stopped_by}: the run stopped after step {step} of {last} and is saved as "
+                f"checkpoint-{step}; start it again with output_dir={folder} to go on."
+            )
+        whole = trainer.whole_network()
+        if trainer.is_world_process_zero():
+            finish(trainer, whole)
     return trainer
+
+
+def finish(trainer: SftTrainer, whole: LLaDAModelLM) -> None:
+    """Write ``final``, under another name until it is complete, and how the run ended."""
+    folder, stream = Path(trainer.config.output_dir), trainer.stream
+    written = folder / f"{PARTIAL}final"
+    save_network(whole, written, dtype=DTYPES[trainer.config.model.final_dtype])
+    trainer.tokenizer.save_pretrained(written)
+    shutil.rmtree(folder / "final", ignore_errors=True)  # of the same run, which ended before
+    written.rename(folder / "final")
+    sources = stream.sources(trainer.state.global_step * trainer.rows_per_step)
+    dropped = sum(source["dropped"] for source in sources.values())
+    ended = {"steps": trainer.state.global_step, "dropped_samples": dropped, "rows_left_over": stream.left_over}
+    write_run(folder, {**ended, "sources": sources, "skipped_steps": trainer.guard.skipped})
+
+
+def per_step(config: SftConfig) -> str:
+    """What an optimizer step comes to, for people who look before they start."""
+    t, processes = config.training, config.training.expect_processes or world_size()
+    rows = t.local_batch_size * t.grad_accum_steps * processes
+    return (
+        f"# an optimizer step: {t.local_batch_size} rows x {t.grad_accum_steps} micro-batches x {processes} process(es) = "
+        f"{rows} rows of {config.packing.max_length} = {rows * config.packing.max_length} tokens"
+    )
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="sft")
@@ -202,9 +265,10 @@ def _main(composed: DictConfig) -> None:
         config = typed(composed)
         if os.environ.get("DRY_RUN") == "1":
             print(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+            print(per_step(config))
             return
         train(config)
-    except ValueError as error:
+    except (ValueError, RunStopped) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         raise SystemExit(f"sft.py: {error}") from error
@@ -217,6 +281,7 @@ def main() -> None:
             check_overrides(sys.argv[1:])
         else:
             compose_settings(sys.argv[1:])  # so that a mistake leaves no run folder behind
+        sys.argv[1:] = keep_words(sys.argv[1:])
     except ValueError as error:
         raise SystemExit(f"sft.py: {error}") from error
     if int(os.environ.get("RANK", "0")) > 0:  # one run folder and one log, written by the first process

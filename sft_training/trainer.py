@@ -7,26 +7,29 @@ Legend: B rows of a micro-batch, L tokens of a row, M masked positions.
 """
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from dllm_var.diffusion.objective import masked_cross_entropy, token_weights
-from dllm_var.model.checkpoint import save_model
 from dllm_var.model.llada import LLaDAModelLM
+from sft_training.adapters import save_network, seed_dropout
+from sft_training.checkpoints import POSITION_FILE, complete, could_not_write, staging
 from sft_training.config import SftConfig
 from sft_training.data import Collate, Counts, RowStream
+from sft_training.guard import StepGuard
 from sft_training.optimizer import build_optimizer
 from sft_training.records import trace_rows
-
-POSITION_FILE = "data_position.json"
-LEVELS = 4  # the loss is also logged for this many equal ranges of the mask level
-COUNTED = ("prompt", "response", "masked", "eos")
+from sft_training.sharding import acting, network_of, shards_weights
+from sft_training.tally import Tally
 
 
 class SftTrainer(Trainer):
@@ -47,11 +50,12 @@ class SftTrainer(Trainer):
         # token_sum_global is normalised over the whole optimizer step, so that accumulation must not divide it again.
         self.loss_is_scaled_for_ga = config.loss.name == "token_sum_global"
         self.rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self._parameters = sum(value.numel() for value in model.parameters())
-        # What was seen since the last log line: counted tokens, then sum and number of cross-entropies by mask level.
-        self._seen = torch.zeros(len(COUNTED) + 2 * LEVELS, dtype=torch.float64, device=args.device)
-        low, high = config.forward_process.t_min, config.forward_process.t_max
-        self._edges = torch.linspace(low, high, LEVELS + 1, device=args.device)
+        self.parameters = sum(value.numel() for value in model.parameters())  # counted before anything cuts them up
+        self.guard = StepGuard(config.training.on_nan)
+        self.add_callback(self.guard)
+        self._staging: Path | None = None
+        process = config.forward_process
+        self.tally = Tally(process.t_min, process.t_max, stream.mixture.names, args.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """AdamW or Muon with AdamW, see ``optimizer.py``."""
@@ -63,6 +67,7 @@ class SftTrainer(Trainer):
                 weight_decay=self.args.weight_decay,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
             )
+            self.decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         return self.optimizer
 
     def get_batch_samples(
@@ -70,10 +75,16 @@ class SftTrainer(Trainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of an optimizer step, and (token_sum_global) the masked tokens in all of them on all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._before = self._tr_loss.clone(), self.tally.sums.clone()
         if self.config.loss.name != "token_sum_global" or not batches:
             return batches, None
         masked = torch.tensor(float(sum(batch["counts"].masked for batch in batches)), device=device)
         return batches, self.accelerator.reduce(masked, "sum")
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        prepared["t"] = inputs["t"].to(self.args.device)  # under DeepSpeed the library would round the levels to bfloat16
+        return prepared
 
     def compute_loss(
         self,
@@ -86,6 +97,8 @@ class SftTrainer(Trainer):
         counts: Counts = inputs["counts"]
         if self.config.training.trace_rows:
             trace_rows(Path(self.config.output_dir), self.args.process_index, counts)
+        if self.config.adapter.dropout and self.config.adapter.kind != "none":
+            seed_dropout(self.args.seed, counts.rows)
         masked: Tensor = inputs["masked"]
         targets, t = inputs["clean"][masked], inputs["t"][masked]  # [M]
         weights = token_weights(
@@ -108,71 +121,84 @@ class SftTrainer(Trainer):
         loss = outputs["logits"]
         if num_items_in_batch is not None:
             loss = loss * self.args.world_size  # gradients are averaged over ranks
-        self._count(counts, t, each[0])
+        self.tally.add(inputs, each[0])
+        self.guard.note(counts, loss)
         return (loss, outputs) if return_outputs else loss
-
-    def _count(self, counts: Counts, t: Tensor, losses: Tensor) -> None:
-        level = torch.bucketize(t, self._edges[1:-1], right=True)
-        self._seen[: len(COUNTED)] += torch.tensor([getattr(counts, name) for name in COUNTED], device=self._seen.device)
-        sums = torch.zeros(LEVELS, device=t.device).index_add_(0, level, losses)
-        self._seen[len(COUNTED) :] += torch.cat([sums, torch.bincount(level, minlength=LEVELS)])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was seen since the last line, summed over ranks, and the passes over the data."""
+        rows = self.state.global_step * self.rows_per_step
         if "loss" in logs:
-            seen = self.accelerator.reduce(self._seen, "sum").tolist()
-            self._seen.zero_()
-            logs |= {f"tokens/{name}": seen[i] for i, name in enumerate(COUNTED)}
-            for i in range(LEVELS):
-                total, number = seen[len(COUNTED) + i], seen[len(COUNTED) + LEVELS + i]
-                if number:
-                    logs[f"ce/t_{self._edges[i]:.2f}-{self._edges[i + 1]:.2f}"] = total / number
-            logs["data/dropped_samples"] = self.stream.dropped
-        self.state.epoch = self.stream.progress(self.state.global_step * self.rows_per_step)
+            logs |= self.tally.logs(lambda sums: self.accelerator.reduce(sums, "sum")) | self.stream.metrics(rows)
+            self.guard.correct(logs)
+        self.state.epoch = self.stream.progress(rows)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Forward and backward of a micro-batch, attention left out."""
-        return 6 * self._parameters * int(inputs["noisy"].numel())
+        return 6 * self.parameters * int(inputs["noisy"].numel())
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self.guard.refuses(self.accelerator, norm, self.state.global_step + 1, Path(self.config.output_dir)):
+            return norm
+        if self.is_deepspeed_enabled:
+            self.lr_scheduler.step()  # DeepSpeed left the step out by itself, and the Trainer with it the schedule
+        model.zero_grad()  # without gradients an optimizer moves neither a weight nor its own state
+        self._tr_loss.copy_(self._before[0])
+        self.tally.sums.copy_(self._before[1])
+        return None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run, step = Path(self.config.output_dir), self.state.global_step
+        self._staging = staging(run, step)  # where the library takes the run folder to be
+        self._together(lambda: self._write_checkpoint(model, trial))
+        self._together(lambda: complete(run, step, self.args.save_total_limit) if self.args.should_save else None)
+        self._staging = None
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
-            folder = Path(self.config.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             position = self.stream.state(self.state.global_step * self.rows_per_step)
             (folder / POSITION_FILE).write_text(json.dumps(position), encoding="utf-8")
-        super()._save_checkpoint(model, trial)  # writes trainer_state.json last: without it a checkpoint does not count
+        super()._save_checkpoint(model, trial)
+
+    def _together(self, save: Callable[[], object]) -> None:
+        """A part of saving, done by all processes; when one of them cannot, all stop and nothing half written stays."""
+        problem: Exception | None = None
+        try:
+            save()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            problem = error
+        alone = problem is not None and acting(self) not in ("none", "ddp")  # the others wait for it inside the library
+        if alone or self.accelerator.reduce(torch.tensor(float(problem is not None), device=self.args.device)).item():
+            assert self._staging is not None
+            if self.args.should_save or alone:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            what = f"checkpoint-{self.state.global_step}"
+            reason = problem or "another process could not"
+            raise could_not_write(what, self._staging.parent, reason, self._bytes()) from problem
+
+    def _bytes(self) -> int:
+        """Bytes of weights and optimizer in a checkpoint, as far as this process holds them."""
+        state = tree_leaves(self.optimizer.state_dict())
+        tensors = [*self.network.parameters(), *(leaf for leaf in state if isinstance(leaf, Tensor))]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def whole_network(self) -> LLaDAModelLM:
+        """The network with all weights, for the first process to save. Where they are sharded all processes must call."""
+        if not shards_weights(acting(self)):
+            return self.network
+        weights = self.accelerator.get_state_dict(self.model_wrapped)
+        return network_of(self.network, weights) if self.is_world_process_zero() else self.network
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
             folder = output_dir if output_dir is not None else self.config.output_dir
-            save_model(self.network, folder)
+            sharded = state_dict is not None and shards_weights(acting(self))
+            save_network(network_of(self.network, state_dict) if sharded else self.network, folder)
             self.tokenizer.save_pretrained(folder)
-
-
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The latest complete checkpoint of a run, None when there is none."""
-    found = [path for path in output_dir.glob("checkpoint-*") if is_checkpoint(path)]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds all that a run needs to go on."""
-    number = folder.name.rpartition("-")[2]
-    return number.isdigit() and all((folder / name).is_file() for name in (POSITION_FILE, "trainer_state.json"))
-
-
-def resume_stream(stream: RowStream, checkpoint: Path) -> None:
-    """Put the data where the checkpoint left it.
-
-    Raises:
-        ValueError: other data or other settings of the rows than then, or another number of rows in a step.
-    """
-    stream.restore(json.loads((checkpoint / POSITION_FILE).read_text(encoding="utf-8")))
-    steps = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    if stream.first_row != steps * stream.rows_per_step:
-        raise ValueError(
-            f"{checkpoint} took {stream.first_row} rows for {steps} steps, this run takes {stream.rows_per_step} a step: "
-            "keep training.local_batch_size * training.grad_accum_steps * processes as it was, or start anew with "
-            "resume=never."
-        )

@@ -24,9 +24,10 @@ from dllm_var.generation import generate
 from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.pretrained import Pretrained
 from sft_training.config import ValidationSection
-from sft_training.samples import Sample, SampleFiles
+from sft_training.samples import Sample, Samples
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+POSITIONS = (0, 16, 64, 256)  # where the ranges begin by which ends are told apart, in tokens of the answer
 ROWS = 16  # canvases of one forward
 
 Metrics = dict[str, float]
@@ -57,12 +58,18 @@ class Validator(TrainerCallback):
         section: the settings. samples: held-out data; those too long for the model are left out and counted.
         pretrained: the model in training, its tokenizer and control tokens.
         log: takes the measured values (the trainer's own).
+        together: no process holds all weights, so that all of them compute the same measurements, in step.
     """
 
     def __init__(
-        self, section: ValidationSection, samples: SampleFiles, pretrained: Pretrained, log: Callable[[Metrics], None]
+        self,
+        section: ValidationSection,
+        samples: Samples,
+        pretrained: Pretrained,
+        log: Callable[[Metrics], None],
+        together: bool = False,
     ) -> None:
-        self.section, self.pretrained, self.log = section, pretrained, log
+        self.section, self.pretrained, self.log, self.together = section, pretrained, log, together
         context = pretrained.model.config.max_sequence_length - 2 * section.block_length
         every = (samples[i] for i in range(len(samples)))
         fitting = (sample for sample in every if len(sample.ids) <= context and sample.response.any())
@@ -72,7 +79,7 @@ class Validator(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         due = state.global_step % self.section.every == 0 or state.global_step == state.max_steps
-        if due and state.is_world_process_zero:
+        if due and (self.together or state.is_world_process_zero):
             pending = control.should_log  # logging takes this step's own log line for done
             self.log({f"eval_{name}": value for name, value in self.measure().items()})
             control.should_log = pending
@@ -117,7 +124,8 @@ class Validator(TrainerCallback):
 
         `eos_recall_d<D>`: the whole answer is visible and D masks follow the place of its end; is a stop token the likeliest
         there? `eos_false_stop`: the answer is cut at a random place and a block of masks follows; is a stop token the
-        likeliest at the first of them? `eos_precision` compares both at distance block_length.
+        likeliest at the first of them? `eos_precision` compares both at distance block_length. With `_at_<A>-<B>` the same
+        of only those ends and cuts that lie A…B tokens into the answer.
         """
         block = self.section.block_length
         metrics: Metrics = {}
@@ -125,19 +133,27 @@ class Validator(TrainerCallback):
         ended = [answer for answer in answers if answer is not None]
         if not ended:
             return {}
+        ends, hits = np.array([len(answer.tokens) for answer in ended]), {}
         for distance in sorted({0, block // 2, block, 2 * block}):
-            stops = self._stops([self._probe(answer, len(answer.tokens), distance) for answer in ended])
-            metrics[f"eos_recall_d{distance}"] = float(np.mean(stops))
-        cuts = []
+            hits[distance] = self._stops([self._probe(answer, len(answer.tokens), distance) for answer in ended])
+            metrics[f"eos_recall_d{distance}"] = float(hits[distance].mean())
+        cuts, places = [], []
         for sample, answer in zip(self.samples, answers, strict=True):
             if answer is not None and len(answer.tokens):
                 where = int(float(uniforms(1, self.section.seed, sample.key, "cut")[0]) * len(answer.tokens))
                 cuts.append(self._probe(answer, where, block - 1))
-        wrong = float(np.mean(self._stops(cuts))) if cuts else 0.0
-        right = metrics[f"eos_recall_d{block}"]
-        recall = float(np.mean(list(metrics.values())))
-        precision = right / (right + wrong) if right + wrong else 0.0
-        return {"eos_recall": recall, "eos_false_stop": wrong, "eos_precision": precision, **metrics}
+                places.append(where)
+        wrong = self._stops(cuts) if cuts else np.zeros(0, bool)
+        every = np.stack(list(hits.values()))  # [distances, answers]
+        metrics |= {"eos_recall": float(every.mean()), **_stop_rates(hits[block], wrong)}
+        for low, high in zip(POSITIONS, (*POSITIONS[1:], np.inf), strict=True):
+            at_end, at_cut = (ends >= low) & (ends < high), (np.array(places) >= low) & (np.array(places) < high)
+            name = f"at_{low}+" if high == np.inf else f"at_{low}-{high - 1}"
+            if at_end.any():
+                metrics[f"eos_recall_{name}"] = float(every[:, at_end].mean())
+            if at_end.any() and at_cut.any():
+                metrics |= {f"{key}_{name}": rate for key, rate in _stop_rates(hits[block][at_end], wrong[at_cut]).items()}
+        return metrics
 
     def decodes(self) -> Metrics:
         """Answers to some prompts: the share that is right to the token, and the mean error of their lengths."""
@@ -195,6 +211,12 @@ def answer_of(sample: Sample, stop: tuple[int, ...]) -> Answer | None:
     response = sample.ids[len(prompt) :][sample.response[len(prompt) :]]
     ends = np.flatnonzero(np.isin(response, stop))
     return Answer(prompt, response[: int(ends[0])]) if len(ends) else None
+
+
+def _stop_rates(right: Bools, wrong: Bools) -> Metrics:
+    """False stops and precision, from what was found at ends (``right``) and inside answers (``wrong``)."""
+    hit, false = float(right.mean()), float(wrong.mean()) if len(wrong) else 0.0
+    return {"eos_false_stop": false, "eos_precision": hit / (hit + false) if hit + false else 0.0}
 
 
 def _likeliest(hidden: Tensor, head: Tensor) -> Tensor:

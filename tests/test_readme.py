@@ -118,6 +118,26 @@ COMMANDS: dict[str, Callable[[str, Path], None]] = {
     "bash sft_training/run_cpu.sh dataset.files=runs/my_texts.jsonl training.max_steps=200 output_dir=runs/my_model_2": Run(
         dry=True, prints="--num_processes 2"
     ),
+    "python scripts/fault_drill.py": Options("minutes; its --quick form is a test of its own"),
+    "python sft_training/sft.py adapter=lora dataset.files=runs/my_texts.jsonl training.max_steps=200 "
+    "output_dir=runs/my_adapter": Run(TINY_RUN, creates="runs/my_adapter/final/adapter_model.safetensors"),
+    'python demo_dLLM-var.py --model runs/my_adapter/final --prompt "Write 31 in words." --plain': Run(prints="thirty"),
+    "python scripts/export.py --model runs/my_adapter/final --output runs/my_export": Run(
+        creates="runs/my_export/model.safetensors"
+    ),
+    "DRY_RUN=1 bash sft_training/run_gpus_fp8.sh": Run(dry=True, prints="--num_processes 8"),
+    "bash sft_training/run_gpus_fp8.sh dataset.files=runs/my_texts.jsonl output_dir=runs/llada": Run(
+        dry=True, prints="max_length: 8192"
+    ),
+    "bash sft_training/run_gpus_bf16.sh adapter=lora dataset.files=runs/my_texts.jsonl output_dir=runs/llada_lora": Run(
+        dry=True, prints="kind: lora"
+    ),
+    "SHARD=zero2 bash sft_training/run_cpu.sh dataset.files=runs/my_texts.jsonl training.max_steps=200 "
+    "output_dir=runs/my_zero2": Run(dry=True, prints="stage"),
+    "python sft_training/sft.py precision=fp8 dataset.files=runs/my_texts.jsonl training.max_steps=200 "
+    "output_dir=runs/my_fp8": Run(TINY_RUN, creates="runs/my_fp8/final/model.safetensors"),
+    "python scripts/plan_memory.py model=llada-8b precision=fp8 gpus=8 max_length=8192": Run(prints='"fits"'),
+    "python scripts/benchmark_training.py": Options("ten minutes; a test derives its committed numbers again"),
     "python -m dllm_var.decoding": Run(prints="block_commit"),
     "python scripts/compare_decoding.py": Options("ten minutes; a test derives its committed numbers again"),
     "python scripts/count_tokens.py --tokenizer tiny --output runs/token_freq.json my_texts/*.jsonl": Run(

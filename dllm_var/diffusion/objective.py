@@ -37,6 +37,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             g = g.to(hidden.dtype)
             grad_hidden[part] = g @ head
             grad_weight += g.T @ h
+            del log_p, g  # before the next chunk's logits are made
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(losses)
         return (losses * token_weight).sum(), losses

@@ -5,6 +5,7 @@ shard, so that the peak is one copy of the weights. Saving writes beside what is
 then puts the files in place, the config last: a folder in which a save was interrupted does not load.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -57,6 +58,10 @@ def load_config(folder: str | Path) -> LLaDAConfig:
         ValueError: no such folder, no config.json, another kind of model, or a field that is missing or unsupported.
     """
     path = _existing(folder) / CONFIG_FILE
+    if not path.is_file() and (path.parent / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter, not a whole model: merge it with its base first (python scripts/export.py)."
+        )
     if not path.is_file():
         raise ValueError(f"{folder} is not a checkpoint folder: it has no {CONFIG_FILE}.")
     fields = read_json(path)
@@ -119,6 +124,20 @@ def verify_checkpoint(folder: str | Path) -> CheckpointSummary:
         dtypes=tuple(sorted({tensor.dtype for tensor in found.values()}, key=str)),
         files=tuple(sorted({tensor.file.name for tensor in found.values()})),
     )
+
+
+def weights_hash(folder: str | Path) -> str:
+    """SHA-256 of all weights of a folder, in hexadecimal: of names, shapes, dtypes and bytes, however cut into files.
+
+    Raises:
+        ValueError: see `survey`.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(survey(_existing(folder)).items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        with safe_open(tensor.file, framework="pt") as opened:
+            digest.update(opened.get_tensor(tensor.stored_as).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save_model(
@@ -234,7 +253,11 @@ def _check_memory(parameters: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _named_weights(model: LLaDAModelLM) -> dict[str, Tensor]:
-    weights = {canonical_name(name): value.detach() for name, value in model.state_dict().items()}
+    weights = {
+        canonical_name(name): value.detach()
+        for name, value in model.state_dict().items()
+        if not name.endswith("_extra_state")  # what FP8 layers remember of their scales; no weight of the model
+    }
     here = {(name, tuple(value.shape)) for name, value in weights.items()}
     odd = here ^ set(_shapes(_skeleton(model.config)).items())
     if odd:

@@ -146,8 +146,12 @@ class LLaDAModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output matrix [V, D] (the embedding itself when the weights are tied)."""
-        return self.transformer["wte" if self.config.weight_tying else "ff_out"].weight  # type: ignore[return-value]
+        """The output matrix [V, D] (the embedding itself when the weights are tied), with what a LoRA adapter adds to it."""
+        head: Any = self.transformer["wte" if self.config.weight_tying else "ff_out"]
+        weight: Tensor = head.weight
+        if not getattr(head, "merged", True):  # peft's layer around the head, which `project` does not call
+            weight = weight + sum(head.get_delta_weight(name) for name in head.active_adapters)
+        return weight
 
     def forward(
         self,

@@ -1,7 +1,7 @@
 """One line of an instruction file (``instruction``, ``input``, ``output``) → checked record → chat messages.
 
-Called by ``dataset/transfer_text2token.py`` for each line. What is wrong with a line is told as a short reason, which is
-what gets counted, and a sentence, which is what a person reads.
+Called by ``dataset/transfer_text2token.py`` for each line, and by ``sft_training/samples.py``. What is wrong with a line is
+told as a short reason, which is what gets counted, and a sentence, which is what a person reads.
 """
 
 import json
@@ -52,6 +52,15 @@ def parse_line(raw: bytes) -> Instruction:
         raise BadLine("not UTF-8", sentence) from error
     except (ValueError, RecursionError) as error:
         raise BadLine("not JSON", f"the line is not valid JSON ({error}).") from error
+    return check_record(record)
+
+
+def check_record(record: Any) -> Instruction:
+    """The record in what JSON, or a row of a table, gave.
+
+    Raises:
+        BadLine: it is not an object; a field is not text; there is no output.
+    """
     if not isinstance(record, dict):
         raise BadLine("not an object", f"the line holds {_kind(record)}, not an object with instruction, input, output.")
     if "output" not in record:

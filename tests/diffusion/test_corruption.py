@@ -117,3 +117,40 @@ def test_a_level_range_outside_0_and_1_is_refused(bad: dict[str, float]) -> None
 def test_an_unknown_t_per_is_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match=r"t_per='token': choose 'row' .* or 'sample'"):
         ForwardProcess(t_per="token")
+
+
+def test_without_editing_no_visible_token_is_trained() -> None:
+    ids, response = sample_row()
+    made = corrupt(ids, response, draw(1, ids.shape[1], "noise"), torch.tensor(0.5), mask_id=MASK, stop=STOP)
+    assert not made.checked.any()
+
+
+@pytest.mark.parametrize(("t", "share"), [(0.0, 0.3), (0.5, 0.2), (0.8, 1.0)])
+def test_a_share_of_the_visible_words_is_checked_and_half_of_those_replaced_by_other_words_of_the_row(
+    t: float, share: float
+) -> None:
+    ids, response = sample_row(40_000)
+    settings = {"mask_id": MASK, "stop": STOP}
+    made = corrupt(ids, response, draw(1, 40_000, "noise"), torch.tensor(t), edit_share=share, **settings)
+    plain = corrupt(ids, response, draw(1, 40_000, "noise"), torch.tensor(t), **settings)
+    assert torch.equal(made.masked, plain.masked)
+    assert not (made.checked & (made.masked | ~response)).any()
+    assert torch.equal(made.noisy[~made.checked], plain.noisy[~made.checked])
+    words = response & ~torch.isin(ids, torch.tensor(STOP))
+    visible = words & ~made.masked
+    assert abs(made.checked.sum() / visible.sum() - share) < 0.02
+    changed = made.noisy != plain.noisy
+    # a replacement is the right word by chance once in 13
+    assert abs(changed.sum() / made.checked.sum() - 0.5 * 12 / 13) < 0.03
+    assert not torch.isin(made.noisy[made.checked], torch.tensor([*STOP, MASK])).any()
+    found = torch.bincount(made.noisy[changed], minlength=13)[:13] / changed.sum()
+    assert (found - 1 / 13).abs().max() < 0.02
+
+
+def test_a_row_without_response_has_nothing_to_check() -> None:
+    ids, response = sample_row(100)
+    made = corrupt(
+        ids, torch.zeros_like(response), draw(1, 100, "n"), torch.tensor(0.5), mask_id=MASK, stop=STOP, edit_share=1.0
+    )
+    assert not made.checked.any()
+    assert torch.equal(made.noisy, ids)

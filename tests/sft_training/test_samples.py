@@ -1,19 +1,20 @@
-"""Tokenised files: both formats are read, and a bad line is named with its file and number."""
+"""JSON Lines files: all formats are read, and a bad line or file is named with the place of its fault."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sft_training import samples
-from sft_training.samples import SampleFiles, find_files
+from sft_training.samples import SampleFiles, SampleRules, find_files
 
 MASK = 270
 
 
-def opened(*files: Path, vocabulary: int = 288) -> SampleFiles:
-    return SampleFiles(files, vocabulary=vocabulary, mask_id=MASK)
+def opened(*files: Path, tokenizer: Any = None, template: str = "chat") -> SampleFiles:
+    return SampleFiles(files, SampleRules(288, MASK, tokenizer, template))
 
 
 def write(path: Path, *records: object) -> Path:
@@ -87,7 +88,7 @@ def test_a_malformed_line_is_named_with_file_line_and_reason(tmp_path: Path, lin
     found = opened(path)
     assert len(found) == 3
     assert found[2].key == "a:1"
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2 is not") as caught:
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2 is not .* \(the line starts at byte 61\)\.$") as caught:
         found[1]
     assert reason in str(caught.value)
 
@@ -123,3 +124,85 @@ def test_an_empty_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "none.jsonl").touch()
     with pytest.raises(ValueError, match=r"none\.jsonl is empty: it holds no sample"):
         opened(tmp_path / "none.jsonl")
+
+
+def test_more_files_than_may_be_open_are_all_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "OPEN_FILES", 2)
+    found = opened(*(write(tmp_path / f"{i}.jsonl", {**GOOD, "id": f"f:{i}"}) for i in range(7)))
+    for i in (0, 6, 3, 0, 1, 6):
+        assert found[i].key == f"f:{i}"
+    assert len(found._open) == 2
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_file_that_vanishes_is_named_and_not_skipped(tmp_path: Path, closed: bool) -> None:
+    path = write(tmp_path / "gone.jsonl", GOOD, GOOD)
+    found = opened(path)
+    path.unlink()
+    if closed:
+        found._open.popitem()[1].close()
+    with pytest.raises(ValueError, match=r"gone\.jsonl (was deleted or replaced|cannot be read any more, at byte 61: No)"):
+        found[1]
+
+
+def test_a_file_that_becomes_shorter_is_named_and_does_not_kill_the_process(tmp_path: Path) -> None:
+    path = write(tmp_path / "cut.jsonl", *[GOOD] * 4000)  # many pages: a mapped file would end in SIGBUS
+    found = opened(path)
+    with path.open("r+b") as file:
+        file.truncate(90)
+    with pytest.raises(ValueError, match=r"cut\.jsonl became shorter .* \(243999 bytes .* 90 now; .* byte 243939 is"):
+        found[3999]
+    with pytest.raises(ValueError, match="became shorter"):
+        found[0]  # what is still there may be something else
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.jsonl cannot be read: No such file"):
+        opened(tmp_path / "none.jsonl")
+
+
+TEXTS = [
+    {"instruction": "Say <|mdm_mask|> ", "input": "twice", "output": "no."},
+    {"instruction": None, "output": " \u00e9t\u00e9 "},
+    {"output": "<|eot_id|>", "input": "i", "more": 3},
+]
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_text_is_tokenised_as_the_tokeniser_of_files_does_it(
+    tmp_path: Path, tokenizer: Any, script: Any, template: str
+) -> None:
+    tool = script("dataset/transfer_text2token.py")
+    lines = [json.dumps(record).encode() for record in TEXTS]
+    made, _, problem = tool.tokenise(tokenizer, tool.Recipe(template, 999, "stop"), tool.Chunk(0, "x.jsonl", 1, lines, 0))
+    assert problem is None
+    tokens, texts = tmp_path / "tokens.jsonl", write(tmp_path / "x.jsonl", *TEXTS)
+    tokens.write_bytes(made)
+    ours, theirs = opened(texts, tokenizer=tokenizer, template=template), opened(tokens)
+    for i in range(3):
+        assert ours[i].key == theirs[i].key == f"x:{i + 1}"
+        assert np.array_equal(ours[i].ids, theirs[i].ids)
+        assert np.array_equal(ours[i].response, theirs[i].response)
+    other = opened(texts, tokenizer=tokenizer, template="plain" if template == "chat" else "chat")
+    assert ours.fingerprint() != other.fingerprint()  # the text alone does not decide the tokens
+
+
+def test_a_bad_line_of_text_is_named_like_any_other(tmp_path: Path, tokenizer: Any) -> None:
+    found = opened(write(tmp_path / "t.jsonl", TEXTS[0], {"output": " "}, GOOD), tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 2 is not an instruction record: the field 'output' is empty"):
+        found[1]
+    with pytest.raises(ValueError, match=r"line 3 is not an instruction record: the field 'output' is missing"):
+        found[2]
+
+
+def test_text_without_a_tokenizer_and_text_among_tokens_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    text, tokens = write(tmp_path / "t.jsonl", TEXTS[0]), write(tmp_path / "u.jsonl", GOOD)
+    with pytest.raises(ValueError, match=r"t\.jsonl holds text .* no tokenizer is given"):
+        opened(text)
+    with pytest.raises(ValueError, match=r"t\.jsonl holds text and .*u\.jsonl token ids: make two sources"):
+        opened(text, tokens, tokenizer=tokenizer)
+
+
+def test_loss_runs_need_no_prompt_length(tmp_path: Path) -> None:
+    found = opened(write(tmp_path / "m.jsonl", {"input_ids": [1, 2, 3], "loss_runs": [[1, 1]]}))
+    assert found[0].response.tolist() == [False, True, False]

@@ -16,15 +16,19 @@ from sft_training.overrides import CONFIGS, check_overrides, compose_settings, t
 ENOUGH = ["dataset.files=some.jsonl", "training.max_steps=10"]
 OPTIONS = sorted(
     f"{group}={path.stem}"
-    for group in ("model", "dataset", "precision", "debug")
+    for group in ("model", "dataset", "precision", "adapter", "debug")
     for path in (CONFIGS / group).glob("*.yaml")
 )
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_every_group_composes(option: str) -> None:
-    extra = ["model.config=F", "model.tokenizer=F"] if option == "model=scratch" else []
-    config = compose_settings([*ENOUGH, option, *extra])
+    extra = {
+        "model=scratch": ["model.config=F", "model.tokenizer=F"],
+        "dataset=hub": ["dataset.files=null", "dataset.hub=OWNER/NAME"],
+        "dataset=sources": ["dataset.files=null"],
+    }
+    config = compose_settings([*ENOUGH, option, *extra.get(option, [])])
     assert isinstance(config, SftConfig)
 
 
@@ -35,8 +39,11 @@ def test_the_yaml_files_name_every_setting_there_is() -> None:
             assert section in written
             continue
         groups = sorted((CONFIGS / section).glob("*.yaml"))
-        for place in [OmegaConf.load(path) for path in groups] or [written[section]]:
-            assert set(place) == {f.name for f in fields(kind)}, section
+        places = [set(OmegaConf.load(path)) for path in groups] or [set(written[section])]
+        if section == "adapter":  # "none" has nothing to set, and "qlora" begins as "lora"
+            places = [set().union(*places) - {"defaults"}]
+        for place in places:
+            assert place == {f.name for f in fields(kind)}, section
 
 
 def test_every_key_of_the_main_file_has_a_comment() -> None:
@@ -65,6 +72,7 @@ def test_the_defaults_are_the_published_recipe_but_for_rows_and_view() -> None:
             "training.max_stepz=3",
             r"training\.max_stepz does not exist\. Did you mean training\.max_steps\? Valid keys of training: max_",
         ),
+        ("forward_process.edit_share=1.5", r"edit_share=1\.5: a share lies between 0 and 1"),
         ("+training.foo=1", r"training\.foo does not exist\. Valid keys of training: max_steps, .*trace_rows\."),
         (
             "++view.foo=1",
@@ -139,3 +147,9 @@ def test_a_dry_run_prints_the_resolved_settings_and_stops(tmp_path: Path) -> Non
     assert printed["precision"]["dtype"] == "bf16"
     assert printed["training"]["max_steps"] == 10
     assert not list(tmp_path.iterdir())
+
+
+def test_visible_tokens_are_not_trained_under_a_loss_that_has_no_place_for_them() -> None:
+    for loss in ("elbo", "next_token"):
+        with pytest.raises(ValueError, match=rf"edit_share=0\.1 with loss\.name='{loss}'"):
+            compose_settings([*ENOUGH, "forward_process.edit_share=0.1", f"loss.name={loss}"])

@@ -18,10 +18,11 @@ from dllm_var.model.checkpoint import load_model
 from dllm_var.text.chat import decode_text
 from dllm_var.text.special_tokens import resolve
 from sft_training.build import build_model, build_stream
+from sft_training.checkpoints import POSITION_FILE, newest_checkpoint
 from sft_training.config import SftConfig
 from sft_training.records import append_metrics, forget_metrics_after, read_metrics
 from sft_training.sft import prepare, train
-from sft_training.trainer import POSITION_FILE, SftTrainer, newest_checkpoint
+from sft_training.trainer import SftTrainer
 
 Settings = Callable[..., SftConfig]
 LENGTHS = [3 + (5 * i) % 19 for i in range(40)]

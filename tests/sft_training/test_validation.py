@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dllm_var import Pretrained
+from dllm_var.diffusion.corruption import uniforms
 from dllm_var.model.llada import LLaDAOutput
 from dllm_var.text.special_tokens import SpecialTokens
 from sft_training.config import SftConfig, ValidationSection
 from sft_training.records import read_metrics
-from sft_training.samples import Sample, SampleFiles
+from sft_training.samples import Sample, SampleFiles, SampleRules
 from sft_training.sft import train
 from sft_training.validation import LEVELS, Validator, answer_of
 
@@ -45,7 +46,7 @@ class Oracle(torch.nn.Module):
 
 
 def samples(write: Any, lengths: Sequence[int]) -> SampleFiles:
-    return SampleFiles([write(lengths)], vocabulary=VOCABULARY, mask_id=SPECIAL.mask)
+    return SampleFiles([write(lengths)], SampleRules(VOCABULARY, SPECIAL.mask))
 
 
 def validator(
@@ -85,6 +86,40 @@ def test_a_model_that_never_stops_has_no_recall_and_no_precision(write_samples: 
     measured = validator(write_samples, lambda row, position: 97).measure()
     assert (measured["eos_recall"], measured["eos_false_stop"], measured["eos_precision"]) == (0.0, 0.0, 0.0)
     assert measured["loss"] > 10
+
+
+def test_recall_and_precision_are_also_told_by_the_place_of_the_end(write_samples: Any) -> None:
+    # a model that stops wherever 16 tokens or more of the answer are visible: right at late ends, wrong inside long answers
+    found = validator(write_samples, lambda row, position: 257 if position - 5 >= 16 else 97, [6, 12, 40, 90])
+    measured = found.measure()
+    assert measured["eos_recall"] == 0.5
+    assert measured["eos_recall_at_0-15"] == 0.0
+    assert measured["eos_recall_at_16-63"] == measured["eos_recall_at_64-255"] == 1.0
+    assert not any("256+" in name for name in measured)
+    cuts = {position - 5 for row, position in found.pretrained.model.asked[-4:]}
+    assert min(cuts) < 16 <= max(cuts)
+    assert measured["eos_false_stop_at_0-15"] == 0.0
+    assert measured["eos_precision_at_0-15"] == 0.0
+    late = [name for name in measured if name.startswith("eos_false_stop_at_") and not name.endswith("_0-15")]
+    assert late
+    assert all(measured[name] == 1.0 for name in late)
+    assert all(measured[name.replace("false_stop", "precision")] == 0.5 for name in late)
+
+
+def test_plain_and_elbo_loss_are_those_of_their_formulas(write_samples: Any) -> None:
+    found = validator(write_samples, lambda row, position: 97, [30] * 10)
+    model = found.pretrained.model
+    model.weight.data.zero_()  # every token is equally likely
+    measured = found.noisy_loss()
+    nats = np.log(VOCABULARY)
+    assert measured["loss"] == pytest.approx(nats)
+    assert all(measured[f"loss_t{t}"] == pytest.approx(nats) for t in LEVELS)
+    share = []
+    for t in LEVELS:  # of the response tokens, those that the noise alone masks: stop tokens only where it falls on them
+        hidden = [uniforms(35, 0, sample.key, "validation")[5:] < t for sample in found.samples]
+        share.append(np.mean(hidden) / t)
+    assert measured["elbo"] == pytest.approx(nats * np.mean(share))
+    assert np.mean(share) == pytest.approx(1.0, abs=0.1)  # the weights 1/t make up for what is not masked
 
 
 def test_ends_are_probed_with_the_answer_visible_and_only_masks_to_the_right(write_samples: Any) -> None:
