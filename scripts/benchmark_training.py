@@ -249,7 +249,8 @@ def trainer_overhead(steps: int, rounds: int) -> Ratio:
             trainer, _ = prepare(config)
             times = StepTimes()
             trainer.add_callback(times)
-            batches = [trainer.data_collator(rows) for rows in batched(iter(trainer.stream), 8, steps)]
+            rows = iter(prepare(config)[0].stream)  # of another trainer: the stream of this one is not to move on
+            batches = [trainer.data_collator(part) for part in batched(rows, 8, steps)]
             trainer.train()
             above.append((times.ends[-1] - times.ends[1]) / (steps - 2))
             below.append(bare_loop(trainer, batches))

@@ -43,7 +43,7 @@ PATIENCE = 600  # seconds until a run counts as hung
 
 # Importing takes longer than training, so one server imports everything once and the runs are forked from it.
 PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["sft_training.sft", "torch.utils.tensorboard"])
+PROCESSES.set_forkserver_preload(["sft_training.sft", "torch.utils.tensorboard", "deepspeed"])
 
 
 def run_sft(arguments: list[str], said: Path, environment: dict[str, str], nan_at: int) -> None:
@@ -107,7 +107,7 @@ class Run:
             if time.monotonic() > until:
                 self.kill()
                 raise SystemExit(f"fault_drill.py: the run in {self.folder} hangs. It said:\n{self.said[-2000:]}")
-            time.sleep(0.005)
+            time.sleep(0.01)
 
     def kill(self) -> None:
         """SIGKILL to all of its processes."""

@@ -7,7 +7,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 run="${1:-$root/runs/tiny}"
 shift $(($# > 0 ? 1 : 0))
 python="${PYTHON:-$root/.venv/bin/python}"
-command -v "$python" >/dev/null || { echo "train_tiny.sh: no $python: run bash install.sh first, or give PYTHON=…" >&2; exit 1; }
+command -v "$python" >/dev/null || { echo "there is no $python: run bash install.sh first, or give PYTHON=…" >&2; exit 1; }
 threads="${THREADS:-$(nproc)}"
 
 if [[ ! -e "$run/text/done" ]]; then

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sft_training.sharding import inside
+from sft_training.sharding import acting, inside
 from sft_training.trainer import SftTrainer
 
 PIECES = "*optim_states.pt"
@@ -81,13 +81,15 @@ def load_universal(trainer: SftTrainer) -> None:
 
 
 class SeparateGroups(TrainerCallback):
-    """Mends two things after DeepSpeed 0.19 has read a universal checkpoint under ZeRO-3: it gives every group of weights the
-    weight decay of the first, and all of them one and the same step counter, which then runs several times as fast."""
+    """Mends two things after DeepSpeed (0.19) has read a universal checkpoint under ZeRO-3: it gives every group of weights
+    the weight decay of the first, and all of them one and the same step counter, which then runs several times as fast."""
 
     def __init__(self, trainer: SftTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        if acting(self.trainer) != "zero3":
+            return
         optimizer = inside(self.trainer.optimizer)
         for group, decay in zip(optimizer.param_groups, self.trainer.decays, strict=True):
             group["weight_decay"] = decay

@@ -32,7 +32,7 @@ Settings = Callable[..., SftConfig]
 LENGTHS = [3 + (5 * i) % 19 for i in range(60)]
 SAME = ("loss", "grad_norm", "learning_rate", "tokens/masked", "epoch", "data/skipped_steps")
 PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["sft_training.sft", "torch.utils.tensorboard"])
+PROCESSES.set_forkserver_preload(["sft_training.sft", "torch.utils.tensorboard", "deepspeed"])
 
 
 def lines(config: SftConfig) -> dict[int, dict[str, Any]]:
@@ -129,7 +129,7 @@ def wait_for(seen: Callable[[], object], processes: list[BaseProcess]) -> None:
     while not seen():
         assert time.monotonic() < until
         assert all(process.is_alive() for process in processes)
-        time.sleep(0.005)
+        time.sleep(0.01)
 
 
 def kill_when(seen: Callable[[], object], processes: list[BaseProcess]) -> None:

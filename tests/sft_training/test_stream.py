@@ -225,3 +225,21 @@ def test_with_attention_per_sample_a_packed_row_says_of_each_sample_what_it_says
                 causal = torch.ones(1, length, length, dtype=torch.bool).tril() if loss == "next_token" else None
                 alone = model(batch["noisy"][number : number + 1, at], query_mask=causal).logits
                 torch.testing.assert_close(packed[number, at], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_an_edit_share_adds_visible_tokens_to_the_loss_and_replaces_half_of_them(
+    settings: Callable[..., SftConfig], write_samples: Callable[..., Path]
+) -> None:
+    files = write_samples(LENGTHS)
+    plain, editing = settings(files), settings(files, "forward_process.edit_share=0.5")
+    rows = list(islice(build_stream(plain, 288, SPECIAL), 24))
+    without, batch = (build_collate(config, SPECIAL)(rows) for config in (plain, editing))
+    added = batch["masked"] & ~without["masked"]
+    assert bool((without["masked"] <= batch["masked"]).all())
+    assert batch["counts"].masked == int(batch["masked"].sum()) > without["counts"].masked
+    assert batch["counts"].eos == without["counts"].eos
+    assert torch.equal(batch["clean"], without["clean"])
+    wrong = batch["noisy"] != without["noisy"]
+    assert bool((wrong <= added).all())
+    assert 0.3 < wrong.sum() / added.sum() < 0.6
+    assert not bool((batch["noisy"][added] == 270).any())

@@ -103,6 +103,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, start_folder: Path) -> Runs:
         ("again", "zero2", (half,)),
         ("up", "zero2", (f"resume={made.folder / 'one' / 'checkpoint-2'}",)),
         ("low", "zero2", ("precision=bf16",)),
+        ("wide", "ddp", (f"resume={made.folder / 'plain' / 'checkpoint-2'}",)),
         ("three", "zero3", (saving,)),
         ("three_up", "zero3", (f"resume={made.folder / 'three_one' / 'checkpoint-2'}",)),
         ("three_again", "zero3", (saving, f"resume={made.folder / 'three' / 'checkpoint-4'}")),
@@ -156,7 +157,8 @@ def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(runs: Runs, res
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("resumed", "whole", "first"), [("down", "pair", 5), ("up", "one", 3), ("three_up", "three_one", 3)]
+    ("resumed", "whole", "first"),
+    [("down", "pair", 5), ("up", "one", 3), ("three_up", "three_one", 3), ("wide", "plain", 3)],
 )
 def test_a_run_goes_on_with_the_same_losses_on_another_number_of_processes(
     runs: Runs, resumed: str, whole: str, first: int
