@@ -49,7 +49,8 @@ class StepGuard(TrainerCallback, ExportableState):
         return {"args": {"on_nan": self.on_nan}, "attributes": {"skipped": self.skipped, "in_a_row": self.in_a_row}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        known = state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # a checkpoint of older code has none
+        saved = known.get("attributes", {}) if isinstance(known, dict) else {}
         self.skipped, self.in_a_row = saved.get("skipped", 0), saved.get("in_a_row", 0)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:

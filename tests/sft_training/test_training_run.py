@@ -18,7 +18,7 @@ from dllm_var.model.checkpoint import load_model
 from dllm_var.text.chat import decode_text
 from dllm_var.text.special_tokens import resolve
 from sft_training.build import build_model, build_stream
-from sft_training.checkpoints import POSITION_FILE, newest_checkpoint
+from sft_training.checkpoints import MANIFEST_FILE, POSITION_FILE, newest_checkpoint
 from sft_training.config import SftConfig
 from sft_training.records import append_metrics, forget_metrics_after, read_metrics
 from sft_training.sft import prepare, train
@@ -80,6 +80,26 @@ def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(
         assert metrics(resumed, key) == metrics(whole, key)
     assert sorted(metrics(resumed)) == [1, 2, 3, 4, 5, 6]
     assert equal(weights(whole), weights(resumed))
+
+
+def test_a_checkpoint_of_the_time_before_manifests_and_guards_is_gone_on_with_bit_for_bit(
+    settings: Settings, write_samples: Any
+) -> None:
+    files = write_samples(LENGTHS)
+    whole, old = (settings(files, "training.save_steps=2", output=name) for name in ("whole", "old"))
+    train(whole)
+    trainer, _ = prepare(old)
+    trainer.add_callback(StopAt(3))
+    trainer.train()
+    checkpoint = newest_checkpoint(Path(old.output_dir))
+    assert checkpoint is not None
+    (checkpoint / MANIFEST_FILE).unlink()
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    del state["stateful_callbacks"]["StepGuard"]
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    train(old)
+    assert metrics(old) == metrics(whole)
+    assert equal(weights(whole), weights(old))
 
 
 def test_learning_a_few_samples_by_heart_makes_greedy_decoding_repeat_them_and_stop(
