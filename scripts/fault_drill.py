@@ -97,7 +97,8 @@ class Run:
             group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks), "MASTER_PORT": port}
             environment = {**group, "MASTER_ADDR": "127.0.0.1"} if self.ranks > 1 else {}
             said = self.folder / f"said-{rank}.log"
-            self.processes.append(PROCESSES.Process(target=run_sft, args=(arguments, said, environment, nan_at)))
+            given = arguments, said, environment, nan_at
+            self.processes.append(PROCESSES.Process(target=run_sft, args=given, daemon=True))
             self.processes[-1].start()
 
     def wait(self, seen: Callable[[], object] = lambda: False) -> None:

@@ -208,6 +208,8 @@ def could_not_write(what: str, run: Path, error: object, needed: int | None = No
     """The end of a run whose disk is full or fails. ``needed``: bytes that ``what`` takes."""
     size = "" if needed is None else f"{what} takes about {needed:,} bytes; "
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    if "inline_container" in reason:  # PyTorch's writer does not pass the system's reason on
+        reason = "fewer bytes were taken than given, as by a full disk"
     return RunStopped(
         f"{what} could not be written to {run} ({reason}): {size}{shutil.disk_usage(run).free:,} bytes are free there. "
         f"Nothing that was saved before is lost: {last_saved(run)}. Make room and start the same command again."

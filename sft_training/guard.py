@@ -42,6 +42,7 @@ class StepGuard(TrainerCallback, ExportableState):
         self.taken = self.left_out = 0  # since the last log line
         self.stopped_by: str | None = None  # the signal that ended the run
         self._signal: signal.Signals | None = None
+        self._schedule_waits = False  # DeepSpeed left a step out by itself, and the Trainer with it the schedule
         self._micro: list[tuple[Counts, Tensor]] = []  # the present step's micro-batches with their losses
 
     def state(self) -> dict[str, Any]:
@@ -57,6 +58,9 @@ class StepGuard(TrainerCallback, ExportableState):
         self._micro = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        if self._schedule_waits:
+            others["lr_scheduler"].step()
+            self._schedule_waits = False
         if self.stopped_by is not None:
             control.should_training_stop = control.should_save = True
         if control.should_save:
@@ -109,6 +113,7 @@ class StepGuard(TrainerCallback, ExportableState):
         taken = accelerator.distributed_type == DistributedType.DEEPSPEED and not accelerator.optimizer_step_was_skipped
         if self.on_nan == "stop" or taken or self.in_a_row >= IN_A_ROW:
             raise RunStopped(self._sentence(step, gather_object(self._broken()), run))
+        self._schedule_waits = accelerator.optimizer_step_was_skipped
         return True
 
     def correct(self, logs: dict[str, float]) -> None:

@@ -49,7 +49,7 @@ find_machines() {
   ((NODE_RANK < NNODES)) || fail "NODE_RANK=$NODE_RANK with NNODES=$NNODES: machines are numbered from 0 to $((NNODES - 1))."
   if ((NNODES > 1)); then
     if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} ]] && command -v scontrol >/dev/null; then
-      MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+      MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # sed reads to the end: no broken pipe
     fi
     [[ -n ${MASTER_ADDR:-} ]] || fail "NNODES=$NNODES needs MASTER_ADDR=HOST, the address of machine 0, the same on every machine."
     MASTER_PORT=${MASTER_PORT:-29500}

@@ -142,8 +142,6 @@ class SftTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not self.guard.refuses(self.accelerator, norm, self.state.global_step + 1, Path(self.config.output_dir)):
             return norm
-        if self.is_deepspeed_enabled:
-            self.lr_scheduler.step()  # DeepSpeed left the step out by itself, and the Trainer with it the schedule
         model.zero_grad()  # without gradients an optimizer moves neither a weight nor its own state
         self._tr_loss.copy_(self._before[0])
         self.tally.sums.copy_(self._before[1])

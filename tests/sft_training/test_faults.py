@@ -30,6 +30,7 @@ from sft_training.sft import prepare, train
 
 Settings = Callable[..., SftConfig]
 LENGTHS = [3 + (5 * i) % 19 for i in range(60)]
+ZERO2 = Path(__file__).parents[2] / "configs" / "deepspeed" / "zero2.json"
 SAME = ("loss", "grad_norm", "learning_rate", "tokens/masked", "epoch", "data/skipped_steps")
 PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload(["sft_training.sft", "torch.utils.tensorboard", "deepspeed"])
@@ -97,7 +98,7 @@ def poison(calls: set[int], value: float = float("nan")) -> Callable[..., Any]:
     return real
 
 
-def start(config: SftConfig, output: Path, *on_ranks: str | None) -> list[BaseProcess]:
+def start(config: SftConfig, output: Path, *on_ranks: str | None, zero: bool = False) -> list[BaseProcess]:
     """Start a run on as many processes as there are faults given."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -108,16 +109,18 @@ def start(config: SftConfig, output: Path, *on_ranks: str | None) -> list[BasePr
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(on_ranks)), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }  # fmt: skip
+        group |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ZERO2)} if zero else {}
         environment = group if len(on_ranks) > 1 else {}
-        process = PROCESSES.Process(target=run, args=(config, fault, environment, output.with_suffix(f".{rank}")))
+        given = config, fault, environment, output.with_suffix(f".{rank}")
+        process = PROCESSES.Process(target=run, args=given, daemon=True)  # none outlives a test that fails
         process.start()
         started.append(process)
     return started
 
 
-def finish(config: SftConfig, output: Path, *on_ranks: str | None) -> list[str]:
+def finish(config: SftConfig, output: Path, *on_ranks: str | None, zero: bool = False) -> list[str]:
     """Run to the end; what each process said last."""
-    for process in start(config, output, *on_ranks):
+    for process in start(config, output, *on_ranks, zero=zero):
         process.join(200)
         assert process.exitcode == 0
     return [output.with_suffix(f".{rank}").read_text() for rank in range(len(on_ranks))]
@@ -335,6 +338,7 @@ def test_a_full_disk_while_saving_ends_with_a_sentence_and_loses_nothing(
     assert needed == pytest.approx(there, rel=0.1)
     assert [line["step"] for line in read_metrics(Path(troubled.output_dir))][:4] == [1, 2, 3, 4]
     if file == "optimizer":
+        assert "(fewer bytes were taken than given, as by a full disk)" in said
         train(troubled)
         assert sorted(lines(troubled)) == [1, 2, 3, 4]
 
@@ -422,6 +426,13 @@ def test_two_processes_are_killed_skip_and_stop_together_and_go_on_with_the_same
     troubled.resume, troubled.training.on_nan = "never", "skip"
     assert finish(troubled, said, None, "nan") == ["finished"] * 2
     assert [line["data/skipped_steps"] for line in lines(troubled).values()] == [0, 1, 1, 1, 1, 1]
+    # and with DeepSpeed, which leaves the step out by itself
+    assert finish(troubled, said, None, "nan", zero=True) == ["finished"] * 2
+    assert json.loads((Path(troubled.output_dir) / "run.json").read_text(encoding="utf-8"))["sharding"] == "zero2"
+    assert [line["data/skipped_steps"] for line in lines(troubled).values()] == [0, 1, 1, 1, 1, 1]
+    assert [line["learning_rate"] for line in lines(troubled).values()] == [
+        line["learning_rate"] for line in theirs.values()
+    ]
     troubled.training.on_nan = "stop"
     stopped = finish(troubled, said, None, "nan")
     assert stopped[0] == stopped[1]
