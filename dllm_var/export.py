@@ -8,7 +8,6 @@ are is read from the imports, beginning at `dllm_var.hub_model`, so an export ca
 """
 
 import ast
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm_var.model.checkpoint import MAX_SHARD_BYTES, CheckpointSummary, load_model, save_model
 from dllm_var.model.llada import LLaDAModelLM
+from dllm_var.model.shards import file_hash
 from dllm_var.pretrained import Pretrained
 from dllm_var.text.special_tokens import resolve
 
@@ -160,7 +160,7 @@ def check_target(folder: Path) -> None:
 def write_hashes(folder: Path) -> None:
     """SHA256SUMS for all files of a folder, in the form that ``sha256sum -c`` reads."""
     names = sorted(path.name for path in folder.iterdir() if path.name != HASHES)
-    (folder / HASHES).write_text("".join(f"{_sha256(folder / name)}  {name}\n" for name in names), encoding="utf-8")
+    (folder / HASHES).write_text("".join(f"{file_hash(folder / name)}  {name}\n" for name in names), encoding="utf-8")
 
 
 def check_hashes(folder: Path) -> None:
@@ -169,7 +169,7 @@ def check_hashes(folder: Path) -> None:
     Raises:
         ValueError: naming the files that are missing or differ.
     """
-    bad = [n for n, digest in _listed(folder).items() if not (folder / n).is_file() or _sha256(folder / n) != digest]
+    bad = [n for n, digest in _listed(folder).items() if not (folder / n).is_file() or file_hash(folder / n) != digest]
     if bad:
         raise ValueError(f"{folder}: {', '.join(bad)} not as {HASHES} says.")
 
@@ -177,14 +177,6 @@ def check_hashes(folder: Path) -> None:
 def _listed(folder: Path) -> dict[str, str]:
     lines = (folder / HASHES).read_text(encoding="utf-8").splitlines()
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _is_export(folder: Path) -> bool:

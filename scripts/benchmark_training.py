@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from paired_timing import Ratio, interleave, ratio
 from peak_memory import peak_bytes
+from plan_memory import LLADA_8B
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -51,7 +52,6 @@ from sft_training.sft import prepare
 
 ROUNDS = 7
 BLOCK = 32  # of the two-copy layout
-LLADA_VOCABULARY = 126_464
 
 
 @dataclass(frozen=True)
@@ -198,9 +198,9 @@ def analytic_flops(config: LLaDAConfig, loads: Sequence[Load], allowed_pairs_onl
 
 def at_llada_scale(length: int = 8192, block: int = BLOCK) -> float:
     """FLOPs of two copies over those of one at LLaDA-8B's shape, with an ideal attention kernel and half of a row masked."""
-    width, layers, inner = 4096, 32, 12288  # arXiv 2502.09992
+    width, layers, inner = LLADA_8B["d_model"], LLADA_8B["n_layers"], LLADA_8B["mlp_hidden_size"]
     linear, pairs = 2 * layers * (4 * width * width + 3 * width * inner), 4 * width * layers
-    head = 2 * LLADA_VOCABULARY * width * length // 2
+    head = 2 * LLADA_8B["vocab_size"] * width * length // 2
     one = linear * length + pairs * length**2 + head
     return (2 * linear * length + pairs * (length**2 + length * block) + head) / one
 
@@ -208,7 +208,7 @@ def at_llada_scale(length: int = 8192, block: int = BLOCK) -> float:
 def bytes_of_loss(chunk: int | None, positions: int, masked: int, width: int = 64) -> int:
     """Peak of allocated bytes in forward and backward of head and loss at LLaDA's vocabulary; chunk None: full logits."""
     hidden = torch.zeros(positions, width, requires_grad=True)
-    head = torch.zeros(LLADA_VOCABULARY, width, requires_grad=True)
+    head = torch.zeros(LLADA_8B["vocab_size"], width, requires_grad=True)
     targets = torch.zeros(masked, dtype=torch.long)
 
     def work() -> None:

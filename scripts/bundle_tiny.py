@@ -16,6 +16,7 @@ import count_tokens
 import yaml
 
 from dataset.tiny_corpus import HELD_OUT_SHARE, TASKS, problems
+from sft_training.records import read_metrics
 
 # One prompt per task for the demo's banner, none of them from the training part.
 EXAMPLE_SEED = 77
@@ -73,16 +74,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, a line each."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def beginning(run: Path) -> tuple[str, float]:
     """A sentence on the weights that the masked stage began with, and the seconds that they took."""
     if not (run / "warm_up" / "run.json").exists():
         return "From random weights:", 0.0
-    facts, metrics = read_json(run / "warm_up" / "run.json"), read_lines(run / "warm_up" / "metrics.jsonl")
+    facts, metrics = read_json(run / "warm_up" / "run.json"), read_metrics(run / "warm_up")
     steps = facts["max_steps"]
     words = f"From random weights, {steps:,} steps of next-token prediction under a causal mask, then"
     return words, max(line.get("seconds", 0.0) for line in metrics)
@@ -91,7 +87,7 @@ def beginning(run: Path) -> tuple[str, float]:
 def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
     """The model card as Markdown."""
     facts, settings = read_json(run / "sft" / "run.json"), yaml.safe_load((run / "sft" / "config.yaml").read_text("utf-8"))
-    metrics = read_lines(run / "sft" / "metrics.jsonl")
+    metrics = read_metrics(run / "sft")
     start, warm_up_seconds = beginning(run)
     losses = [line["loss"] for line in metrics if "loss" in line]
     names = list(evaluation["settings"])

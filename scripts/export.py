@@ -21,6 +21,7 @@ from dllm_var.export import HASHES, check_target, release
 from dllm_var.model.adapter import is_adapter, read_adapter
 from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.pretrained import HUB_NAME, open_pretrained, resolve_folder
+from sft_training.records import read_metrics
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RECIPE = ("model", "packing", "view", "forward_process", "loss", "precision", "adapter", "training")
@@ -91,9 +92,7 @@ def look_at(name: str) -> Source:
         if (place / "run.json").is_file() and (place / "config.yaml").is_file():
             source.run = json.loads((place / "run.json").read_text(encoding="utf-8"))
             source.settings = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
-            lines = (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True) if (
-                place / "metrics.jsonl").is_file() else []  # fmt: skip
-            source.metrics = [json.loads(line) for line in lines if line.endswith("\n")]
+            source.metrics = read_metrics(place)
             break
     return source
 

@@ -6,7 +6,6 @@ is being written or deleted, ``aside-<time>-checkpoint-<step>`` came after the s
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
+from dllm_var.model.shards import file_hash
 from sft_training.data import RowStream
 
 POSITION_FILE = "data_position.json"
@@ -229,15 +229,7 @@ def full_disk_told(run: Path) -> Iterator[None]:
 
 def _digests(folder: Path, names: Sequence[str]) -> list[str]:
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        return list(pool.map(lambda name: _digest(folder / name), names))
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return list(pool.map(lambda name: file_hash(folder / name), names))
 
 
 def _fault_of_size(path: Path, name: str, size: int) -> str | None:

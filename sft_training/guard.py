@@ -50,9 +50,9 @@ class StepGuard(TrainerCallback, ExportableState):
         return {"args": {"on_nan": self.on_nan}, "attributes": {"skipped": self.skipped, "in_a_row": self.in_a_row}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        known = state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # a checkpoint of older code has none
-        saved = known.get("attributes", {}) if isinstance(known, dict) else {}
-        self.skipped, self.in_a_row = saved.get("skipped", 0), saved.get("in_a_row", 0)
+        # A checkpoint of older code knows no guard, but the library wants an entry to update.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        self.skipped, self.in_a_row = saved["skipped"], saved["in_a_row"]
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         self._micro = []

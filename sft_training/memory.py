@@ -184,7 +184,7 @@ def sizes(run: Run) -> Sizes:
     parameters = run.shape.n_layers * (matrices + 2 * d) + d + embedding * (1 if run.shape.weight_tying else 2)
     low = run.precision != "fp32"
     weight = 2 if low and (run.zero or run.lora) else 4
-    trained = parameters if run.lora is None else run.shape.n_layers * run.lora * (4 * d + d + 2 * k - d)
+    trained = parameters if run.lora is None else run.shape.n_layers * run.lora * (4 * d + 2 * k)
     return Sizes(
         weight,
         weight,
@@ -249,8 +249,7 @@ def _loss(run: Run, size: Sizes) -> float:
 
     chunked (``dllm_var/diffusion/objective.py``, C positions at a time): the head's gradient in float32 (4 V D), masked
     hidden states and their gradient (2 h M D), and the larger of two moments: a chunk's logits, their float32 copy and
-    log-softmax beside what is left of the chunk before; or what is left of a chunk and its share of the head's gradient
-    (h V D).
+    log-softmax; or the log-softmax with its copy in the stream's dtype and a share of the head's gradient (h V D).
     full: logits of all tokens (s T V), float32 copies and log-softmax of the masked ones (8 M V), or in the backward three
     float32 tensors of theirs (12 M V).
     """
@@ -259,9 +258,8 @@ def _loss(run: Run, size: Sizes) -> float:
     if run.loss == "full":
         return max(s * run.tokens * v + 8 * masked * v, 12 * masked * v) + s * run.tokens * d
     chunk, copy = min(CHUNK, masked) * v, h if h == 2 else 0
-    left = (4 + copy) * chunk
-    logits = (h + 4 + (4 if copy else 0)) * chunk + (left if masked > CHUNK else 0)
-    return 4 * v * d + 2 * h * masked * d + max(logits, left + h * v * d)
+    logits = (h + 4 + (4 if copy else 0)) * chunk
+    return 4 * v * d + 2 * h * masked * d + max(logits, (4 + copy) * chunk + h * v * d)
 
 
 def _gathered(run: Run, size: Sizes) -> float:

@@ -4,6 +4,7 @@ Used by `dllm_var.model.checkpoint`. Released LLaDA shards group tensors by kind
 the letter; an index that disagrees with its shards is an error that names the tensors.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -166,6 +167,15 @@ def _read_header(file: Path) -> list[StoredTensor]:
         StoredTensor(canonical_name(name), name, file, shape, DTYPES.get(dtype, torch.uint8))
         for name, shape, dtype in tensors
     ]
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while piece := opened.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _check_against_index(file: Path, promised: set[str], there: set[str]) -> None:
