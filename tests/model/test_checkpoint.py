@@ -1,5 +1,6 @@
 """Checkpoint folders: equal bits after a round trip, and a name for everything that is wrong with one."""
 
+import hashlib
 import json
 import pickle
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from dllm_var.model.checkpoint import load_config, load_model, save_model, verif
 from dllm_var.model.config import LLaDAConfig
 from dllm_var.model.kv_store import KVStore
 from dllm_var.model.llada import LLaDAModelLM
-from dllm_var.model.shards import canonical_name
+from dllm_var.model.shards import canonical_name, file_hash
 
 MakeModel = Callable[..., LLaDAModelLM]
 INDEX = "model.safetensors.index.json"
@@ -461,3 +462,9 @@ def test_further_config_fields_are_written(make_model: MakeModel, tmp_path: Path
 
 def test_written_files_are_readable_by_those_who_may_read_the_folder(folder: Path) -> None:
     assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
+def test_the_hash_of_a_file_is_that_of_all_its_bytes(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 20_000  # more than is read at once
+    (tmp_path / "some.bin").write_bytes(content)
+    assert file_hash(tmp_path / "some.bin") == hashlib.sha256(content).hexdigest()
