@@ -30,10 +30,10 @@ grep -qsx "$commit" "$run/commits" || echo "$commit" >> "$run/commits"
 # Large freed buffers stay with the process: page faults would otherwise cost a tenth of the time.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 export OMP_NUM_THREADS="$threads"
-sft() { # both stages: the same data, rows, optimizer and seed
+sft() { # both stages: the same data, optimizer and seed
   "$python" "$root/sft_training/sft.py" dataset.files="$run/train.jsonl" model.tokenizer="$run/start" \
-    packing.max_length=288 packing.attention=sample \
-    training.local_batch_size=11 training.grad_accum_steps=1 training.optimizer=muon training.learning_rate=6e-3 \
+    packing.attention=sample \
+    training.grad_accum_steps=1 training.optimizer=muon training.learning_rate=6e-3 \
     'training.betas=[0.9,0.98]' training.schedule=wsd training.warmup_steps=100 \
     training.compile=true training.threads="$threads" training.seed=1 \
     training.save_steps=250 training.save_total_limit=2 training.logging_steps=10 "$@"
@@ -45,15 +45,16 @@ origin=(model=scratch model.config="$run/start")
 if [[ "${WARM_UP:-1}" == 1 ]]; then
   if [[ ! -e "$run/warm_up/final/config.json" ]]; then
     sft "${origin[@]}" loss.name=next_token view.tail_share=0 view.tail_max=0 view.block_share=0 \
+      packing.max_length=288 training.local_batch_size=11 \
       training.max_steps=4000 training.decay_steps=600 output_dir="$run/warm_up"
   fi
   origin=(model=tiny model.path="$run/warm_up/final")
 fi
 
-# Stage 2: fill in masks.
-sft "${origin[@]}" model.final_dtype=bf16 \
-  view.tail_share=0.8 view.tail_max=32 view.block_share=0.5 'view.block_lengths=[8,16,32,64]' \
-  forward_process.t_per=sample forward_process.t_min=0.2 forward_process.t_max=1.0 \
+# Stage 2: fill in masks; most samples are shown with all their blocks at once, in the very states that decoding meets.
+sft "${origin[@]}" model.final_dtype=bf16 packing.max_length=576 training.local_batch_size=5 \
+  view.block_share=0.85 view.every_block=true 'view.block_lengths=[8,16,32]' view.tail_share=0.8 view.tail_max=32 \
+  forward_process.t_per=sample forward_process.t_min=0.1 forward_process.t_max=1.0 \
   training.max_steps=12000 training.decay_steps=6000 output_dir="$run/sft" "$@"
 
 if [[ -n "${TRAIN_ONLY:-}" ]]; then exit; fi # scripts/study_surroundings.sh measures for itself

@@ -183,5 +183,6 @@ def build_collate(config: SftConfig, special: SpecialTokens) -> Collate:
         next_token=config.loss.name == "next_token",
         always_real=config.packing.mode == "whole",
         within_sample=config.packing.attention == "sample",
+        staged=config.view.every_block,
         sources=tuple(source.name for source in config.dataset.sources),
     )

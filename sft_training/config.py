@@ -67,6 +67,7 @@ class ViewSection:
     tail_max: int = 0
     block_share: float = 0.0
     block_lengths: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
+    every_block: bool = False
 
 
 @dataclass
@@ -186,6 +187,11 @@ def check(config: SftConfig) -> None:
     config.process_settings()
     Packer(**_packing(config))
     _choice("packing.attention", config.packing.attention, ATTENTIONS)
+    if config.view.every_block and (config.packing.attention, config.packing.mode) != ("sample", "whole"):
+        raise ValueError(
+            f"view.every_block=true with packing.attention={config.packing.attention!r} and packing.mode="
+            f"{config.packing.mode!r}: its blocks must not see each other, which takes attention=sample and mode=whole."
+        )
     _choice("loss.name", config.loss.name, LOSSES)
     _choice("precision.dtype", config.precision.dtype, PRECISIONS)
     check_fp8_settings(config)

@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dllm_var.diffusion.corruption import Corrupted, ForwardProcess, corrupt, uniforms
 from dllm_var.diffusion.decoding_view import DecodingView
+from dllm_var.diffusion.decoding_view import sees as stage_sees
 from dllm_var.diffusion.packing import Packer, Row, cut
 from sft_training.mixture import Mixture, source_of
 from sft_training.prefetch import read_ahead
@@ -108,7 +109,9 @@ class RowStream(IterableDataset[Row]):
 
     def _place(self, packer: Packer, which: int, taken: int) -> list[Row]:
         sample, epoch = self.mixture.sample(which, taken)
-        piece = self.view.apply(sample.key, epoch, sample.ids, sample.response, seed=self.seed, mask_id=self.mask_id)
+        piece = self.view.apply(
+            sample.key, epoch, sample.ids, sample.response, seed=self.seed, mask_id=self.mask_id, longest=packer.length
+        )
         if packer.mode == "whole" and len(piece) > packer.length >= len(sample.ids):
             piece = cut(piece, 0, packer.length)  # the sample fits; only its mask-only tail is shortened
         dropped = packer.dropped
@@ -230,9 +233,10 @@ class Collate:
     """Rows → one corrupted micro-batch. Corruption happens here, when a batch is fetched, and nowhere else.
 
     Returns tensors noisy, clean int64 [B, L], masked bool [B, L], t float32 [B, L], real bool [B, L] or None when no row is
-    padded, sees bool [B, L, L] (which position sees which) or None when all see all, source int64 [B, L] (of the token that
+    padded, positions int64 [B, L] or None when they just run on, sees bool [B, L, L] (which position sees which) or None when all see all, source int64 [B, L] (of the token that
     a position is asked for, an index into ``sources``; −1: none) or None when there is only one, and `Counts`. With
-    ``always_real`` there is always a tensor of real ones, so that a compiled network is compiled once.
+    ``always_real`` there is always a tensor of real ones, so that a compiled network is compiled once. ``staged``: the rows
+    hold pieces whose tokens do not all see each other.
     "masked" are the positions of the loss: the masked ones, and the visible ones that an edit_share checks. With
     ``next_token`` nothing is corrupted: "clean" holds the token that follows each position, "masked" the positions that a
     response token follows.
@@ -248,10 +252,12 @@ class Collate:
         always_real: bool = False,
         next_token: bool = False,
         within_sample: bool = False,
+        staged: bool = False,
         sources: tuple[str, ...] = (),
     ) -> None:
         self.process, self.seed, self.mask_id, self.stop = process, seed, mask_id, stop
         self.always_real, self.next_token, self.within_sample = always_real, next_token, within_sample
+        self.staged = staged
         self.sources = sources if len(sources) > 1 else ()
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor | Counts | None]:
@@ -283,6 +289,7 @@ class Collate:
         seen = real if self.always_real or not bool(real.all()) else None
         return {
             "noisy": made.noisy, "clean": targets, "masked": wanted, "t": made.t, "real": seen,
+            "positions": torch.from_numpy(np.stack([row.positions for row in rows])) if self.staged else None,
             "sees": self._sees(rows), "source": asked, "counts": counts,
         }  # fmt: skip
 
@@ -301,6 +308,9 @@ class Collate:
         if self.within_sample:
             sample = torch.from_numpy(np.stack([row.sample for row in rows]))
             sees = sample[:, :, None] == sample[:, None, :]
+            if self.staged:
+                stage = np.stack([row.stage for row in rows])
+                sees = sees & torch.from_numpy(stage_sees(stage[:, :, None], stage[:, None, :]))
         if self.next_token:
             causal = torch.ones(length, length, dtype=torch.bool).tril().expand(len(rows), -1, -1)
             sees = causal if sees is None else causal & sees

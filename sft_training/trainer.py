@@ -114,6 +114,7 @@ class SftTrainer(Trainer):
         outputs = model(
             input_ids=inputs["noisy"],
             attention_mask=inputs["real"],
+            positions=inputs["positions"],
             query_mask=inputs["sees"],
             logits_for=masked,
             project=project,

@@ -2,14 +2,18 @@
 
 In strictly packed rows almost every EOS stands directly before the visible prompt of the next sample. Under full
 attention the model then learns to look right for the end of an answer, and at decoding, where only masks follow, it
-never stops. Two cures, both applied sample by sample before packing (`dllm_var.diffusion.packing`):
+never stops. Cures, applied sample by sample before packing (`dllm_var.diffusion.packing`):
 
 * a *tail*: some unlabelled masks after the EOS;
 * a *block view*: the sample as block decoding meets it. The response is visible up to the start of a block, the block
   itself is trained, masks fill it up behind the EOS, and everything after the block is cut off.
+* all block views of a sample in one piece (`every_block`): the sample once as it is, for the blocks to look back at, and
+  behind it a copy of every block to be trained. Who sees whom is said by `Piece.stage` and `sees`, as for block diffusion
+  (arXiv 2503.09573), but that what is finished sees the block being decided, as in dLLM-Var's decoding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +35,23 @@ class Piece:
     noise: Floats  # one U[0, 1) per token: is it masked?
     level: float  # one U[0, 1) per sample: at which level t? (used by t_per="sample")
     start: int = 0  # where the run starts in its sample: above 0 for the rest of a split sample
+    positions: Ints | None = None  # position of each token in its sample [n]; None: one after the other from `start`
+    stage: Ints | None = None  # see `sees` [n]; None: 0, the tokens of the piece all see each other
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def sees(query: NDArray[Any], key: NDArray[Any]) -> Bools:
+    """Whether a token of stage `query` sees one of stage `key` of its piece; broadcasts.
+
+    The prompt has stage 0, the clean block b (from 0) stage 2b + 2, its trained copy stage 2b + 1. What is clean sees what
+    is clean up to its own block, and the trained copy of the next block. A trained copy sees itself and what is clean
+    before its block: never the tokens that it is asked for.
+    """
+    clean = key % 2 == 0
+    seen: Bools = np.where(clean, key <= query, (key == query) | (key == query + 1))
+    return seen
 
 
 @dataclass(frozen=True)
@@ -44,12 +62,15 @@ class DecodingView:
         tail_share: share of the samples that get a mask-only tail. tail_max: its length is uniform in 0…tail_max.
         block_share: share of the samples that are shown as a block view instead.
         block_lengths: a block view draws its block length from these.
+        every_block: a block view shows all blocks of its sample at once, where that fits a row. Takes rows of up to twice
+            the length, and attention within samples.
     """
 
     tail_share: float = 0.0
     tail_max: int = 0
     block_share: float = 0.0
     block_lengths: tuple[int, ...] = (8, 16, 32, 64)
+    every_block: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tail_share", "block_share"):
@@ -62,14 +83,20 @@ class DecodingView:
         if self.block_share > 0 and (not self.block_lengths or min(self.block_lengths) < 1):
             raise ValueError(f"block_lengths={self.block_lengths}: give block lengths >= 1, or block_share 0.")
 
-    def apply(self, key: str, epoch: int, ids: Ints, response: Bools, *, seed: int, mask_id: int) -> Piece:
-        """The piece that is packed for a sample; all draws are keyed by (seed, epoch, key)."""
+    def apply(
+        self, key: str, epoch: int, ids: Ints, response: Bools, *, seed: int, mask_id: int, longest: int | None = None
+    ) -> Piece:
+        """The piece that is packed for a sample; all draws are keyed by (seed, epoch, key). longest: tokens of a row."""
         level, which, extent, where = uniforms(4, seed, epoch, key, "view")
         noise = uniforms(len(ids), seed, epoch, key, "noise")
         spots = np.flatnonzero(response)
         tail = 0
         if which < self.block_share and len(spots):
             block = self.block_lengths[int(extent * len(self.block_lengths))]
+            if self.every_block:
+                piece = _every_block(Piece(key, epoch, ids, response, noise, float(level)), int(spots[0]), block, mask_id)
+                if longest is None or len(piece) <= longest:
+                    return piece
             first, length = int(spots[0]), len(ids) - int(spots[0])
             start = first + block * int(where * -(-length // block))
             response = response & (np.arange(len(ids)) >= start)
@@ -82,3 +109,20 @@ class DecodingView:
             response = np.concatenate([response, np.zeros(tail, dtype=bool)])
             noise = np.concatenate([noise, np.ones(tail, dtype=noise.dtype)])
         return Piece(key, epoch, ids, response, noise, float(level))
+
+
+def _every_block(piece: Piece, first: int, block: int, mask_id: int) -> Piece:
+    """A sample whose response starts at `first`: all but its last block clean, then every block to be trained."""
+    blocks = -(-(len(piece) - first) // block)
+    clean, end = first + (blocks - 1) * block, first + blocks * block
+    tail = end - len(piece)
+    position = np.arange(end)
+    number = np.maximum((position - first) // block, -1)  # of the block; −1: prompt
+    return replace(
+        piece,
+        ids=np.concatenate([piece.ids[:clean], piece.ids[first:], np.full(tail, mask_id, dtype=piece.ids.dtype)]),
+        response=np.concatenate([np.zeros(clean, bool), piece.response[first:], np.zeros(tail, bool)]),
+        noise=np.concatenate([np.ones(clean, np.float32), piece.noise[first:], np.ones(tail, np.float32)]),
+        positions=np.concatenate([position[:clean], position[first:]]),
+        stage=np.concatenate([2 * number[:clean] + 2, 2 * number[first:] + 1]),
+    )

@@ -19,6 +19,10 @@ from dllm_var.diffusion.corruption import Floats
 from dllm_var.diffusion.decoding_view import Bools, Ints, Piece
 
 
+# The arrays of a piece.
+ARRAYS = {"ids": np.int64, "response": np.bool_, "noise": np.float32, "positions": np.int64, "stage": np.int64}
+
+
 @dataclass(frozen=True)
 class Row:
     """One packed training sequence.
@@ -28,6 +32,7 @@ class Row:
         ids: clean ids [L]. response: which may be masked and trained [L]. real: False marks padding [L].
         noise: U[0, 1) per position [L]. level: the sample's level draw per position [L].
         pieces: (sample key, first position in the row, length, start within the sample) in order.
+        positions: of each token [L], running on from piece to piece. stage: see `dllm_var.diffusion.decoding_view.sees` [L].
     """
 
     index: int
@@ -37,6 +42,8 @@ class Row:
     noise: Floats
     level: Floats
     pieces: tuple[tuple[str, int, int, int], ...]
+    positions: Ints
+    stage: Ints
 
     @property
     def sample(self) -> Ints:
@@ -126,6 +133,8 @@ class Packer:
             noise=np.concatenate([*(p.noise for p in pieces), np.ones(free, dtype=np.float32)]),
             level=np.concatenate([*(np.full(len(p), p.level, np.float32) for p in pieces), np.zeros(free, np.float32)]),
             pieces=tuple((p.key, int(end) - len(p), len(p), p.start) for p, end in zip(pieces, ends, strict=True)),
+            positions=_joined([p.positions for p in pieces], pieces, np.arange(self.length)),
+            stage=_joined([p.stage for p in pieces], pieces, np.zeros(self.length, np.int64), first=False),
         )
         self.rows += 1
         return row
@@ -137,7 +146,7 @@ class Packer:
     def state(self) -> dict[str, Any]:
         """What a resumed packer needs, as plain JSON types."""
         plain = [
-            [{**vars(p), "ids": p.ids.tolist(), "response": p.response.tolist(), "noise": p.noise.tolist()} for p in row]
+            [{name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in vars(p).items()} for p in row]
             for row in self.open
         ]
         return {"rows": self.rows, "dropped": self.dropped, "open": plain}
@@ -147,12 +156,11 @@ class Packer:
         self.rows, self.dropped = state["rows"], state["dropped"]
         self.open = [
             [
-                Piece(**{**p, "ids": np.array(p["ids"], np.int64), "response": np.array(p["response"], bool),
-                         "noise": np.array(p["noise"], np.float32)})
+                Piece(**{name: np.array(v, ARRAYS[name]) if isinstance(v, list) else v for name, v in p.items()})
                 for p in row
             ]
             for row in state["open"]
-        ]  # fmt: skip
+        ]
 
 
 def cut(piece: Piece, start: int, end: int) -> Piece:
@@ -163,4 +171,16 @@ def cut(piece: Piece, start: int, end: int) -> Piece:
         response=piece.response[start:end],
         noise=piece.noise[start:end],
         start=piece.start + start,
+        positions=None if piece.positions is None else piece.positions[start:end],
+        stage=None if piece.stage is None else piece.stage[start:end],
     )
+
+
+def _joined(parts: list[Ints | None], pieces: list[Piece], usual: Ints, *, first: bool = True) -> Ints:
+    """The usual array of a row with the parts of those pieces that have their own, counted from their first position."""
+    made, at = usual.copy(), 0
+    for part, piece in zip(parts, pieces, strict=True):
+        if part is not None:
+            made[at : at + len(piece)] = part + (at if first else 0)
+        at += len(piece)
+    return made

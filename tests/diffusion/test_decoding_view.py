@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_var.diffusion.decoding_view import DecodingView, Piece
+from dllm_var import Pretrained
+from dllm_var.diffusion.decoding_view import DecodingView, Piece, sees
+from dllm_var.model.kv_store import KVStore
 
 MASK = 15
 
@@ -90,3 +93,93 @@ def test_a_view_depends_on_seed_epoch_and_key_and_on_nothing_else() -> None:
 def test_impossible_shares_and_lengths_are_refused_by_name(bad: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         DecodingView(**bad)  # type: ignore[arg-type]
+
+
+def every(prompt: int, answer: int, block: int, key: str = "s") -> Piece:
+    return made(DecodingView(block_share=1.0, block_lengths=(block,), every_block=True), key, prompt, answer)
+
+
+@given(st.integers(0, 12), st.integers(1, 70), st.sampled_from([1, 4, 16, 64]))
+@settings(max_examples=150, deadline=None)
+def test_all_block_views_in_one_piece_are_the_single_ones(prompt: int, answer: int, block: int) -> None:
+    piece = every(prompt, answer, block)
+    assert piece.stage is not None
+    assert piece.positions is not None
+    blocks = -(-answer // block)
+    assert len(piece) == prompt + (blocks - 1) * block + blocks * block
+    whole = np.arange(prompt + answer) % 13
+    for number in range(blocks):
+        copy = piece.stage == 2 * number + 1
+        clean = sees(np.array(2 * number + 1), piece.stage) & ~copy
+        start = prompt + number * block
+        assert np.array_equal(piece.ids[clean], whole[:start])  # it looks back at all that precedes it, and at nothing else
+        assert np.array_equal(piece.positions[clean], np.arange(start))
+        assert np.array_equal(piece.positions[copy], np.arange(start, start + block))
+        trained = copy & piece.response
+        assert np.array_equal(piece.ids[trained], whole[start : start + block])
+        assert (piece.ids[copy & ~piece.response] == MASK).all()  # behind the answer
+    assert piece.response.sum() == answer
+
+
+def test_what_is_finished_sees_the_next_block_being_decided_as_in_decoding() -> None:
+    stage = every(3, 10, 4).stage
+    assert stage is not None
+    prompt, first, second = (sees(np.array(of), stage) for of in (0, 2, 4))
+    assert set(stage[prompt]) == {0, 1}
+    assert set(stage[first]) == {0, 2, 3}
+    assert set(stage[second]) == {0, 2, 4, 5}
+
+
+def test_a_piece_with_every_block_that_is_longer_than_a_row_shows_one_block() -> None:
+    view = DecodingView(block_share=1.0, block_lengths=(4,), every_block=True)
+    ids = np.arange(23) % 13
+    pieces = [view.apply("s", 0, ids, ids >= 0, seed=1, mask_id=MASK, longest=n) for n in (44, 43)]
+    assert [piece.stage is None for piece in pieces] == [False, True]
+    assert pieces[1].response.sum() <= 4
+
+
+def test_no_token_that_is_asked_for_can_be_looked_up(recorded64: Pretrained) -> None:
+    piece = every(5, 30, 8)
+    assert piece.stage is not None
+    assert piece.positions is not None
+    mask = torch.from_numpy(sees(piece.stage[:, None], piece.stage[None]))[None]
+    positions = torch.from_numpy(piece.positions)[None]
+
+    def logits(ids: np.ndarray) -> torch.Tensor:
+        with torch.inference_mode():
+            out = recorded64.model(torch.from_numpy(ids)[None], positions=positions, query_mask=mask)
+        assert isinstance(out.logits, torch.Tensor)
+        return out.logits[0]
+
+    before = logits(np.where(piece.response, 270, piece.ids))
+    for number in range(3):  # other tokens in the clean copy of a block and behind change nothing in its trained copy
+        ids = np.where(piece.response, 270, piece.ids)
+        ids[(piece.stage % 2 == 0) & (piece.stage >= 2 * number + 2)] = 77
+        after, copy = logits(ids), piece.stage == 2 * number + 1
+        assert torch.equal(after[copy], before[copy])
+        assert not torch.equal(after[piece.stage == 2 * number + 3], before[piece.stage == 2 * number + 3])
+
+
+def test_a_trained_copy_gets_the_very_logits_of_block_decoding(recorded64: Pretrained) -> None:
+    """With all of a block masked: those of the first look at it, from keys and values stored by the published rule."""
+    prompt, block = 5, 8
+    piece = every(prompt, 3 * block, block)
+    assert piece.stage is not None
+    assert piece.positions is not None
+    noisy = np.where(piece.response, 270, piece.ids)
+    with torch.inference_mode():
+        mask = torch.from_numpy(sees(piece.stage[:, None], piece.stage[None]))[None]
+        out = recorded64.model(torch.from_numpy(noisy)[None], positions=torch.from_numpy(piece.positions)[None], query_mask=mask)
+        trained = [out.logits[0, piece.stage == 2 * number + 1] for number in range(3)]
+        kv = KVStore(recorded64.model.config, 1, 64, block, recorded64.model.dtype, "cpu")
+        whole = np.arange(prompt + 3 * block) % 13
+        stored = 0
+        for number in range(3):
+            start = prompt + number * block
+            ids = np.concatenate([whole[stored:start], np.full(block, 270)])
+            at = torch.arange(stored, start + block)[None]
+            seen = recorded64.model(
+                torch.from_numpy(ids)[None], positions=at, kv=kv, slots=at.where(at < start, -1), step=number
+            ).logits[0, -block:]
+            assert torch.allclose(seen, trained[number], atol=1e-10)
+            stored = start
