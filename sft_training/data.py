@@ -233,10 +233,10 @@ class Collate:
     """Rows → one corrupted micro-batch. Corruption happens here, when a batch is fetched, and nowhere else.
 
     Returns tensors noisy, clean int64 [B, L], masked bool [B, L], t float32 [B, L], real bool [B, L] or None when no row is
-    padded, positions int64 [B, L] or None when they just run on, sees bool [B, L, L] (which position sees which) or None when all see all, source int64 [B, L] (of the token that
-    a position is asked for, an index into ``sources``; −1: none) or None when there is only one, and `Counts`. With
-    ``always_real`` there is always a tensor of real ones, so that a compiled network is compiled once. ``staged``: the rows
-    hold pieces whose tokens do not all see each other.
+    padded, positions int64 [B, L] or None when they just run on, sees bool [B, L, L] (which position sees which) or None
+    when all see all, source int64 [B, L] (of the token that a position is asked for, an index into ``sources``; −1: none)
+    or None when there is only one, and `Counts`. With ``always_real`` there is always a tensor of real ones, so that a
+    compiled network is compiled once. ``staged``: the rows hold pieces whose tokens do not all see each other.
     "masked" are the positions of the loss: the masked ones, and the visible ones that an edit_share checks. With
     ``next_token`` nothing is corrupted: "clean" holds the token that follows each position, "masked" the positions that a
     response token follows.

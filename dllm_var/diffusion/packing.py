@@ -18,7 +18,6 @@ import numpy as np
 from dllm_var.diffusion.corruption import Floats
 from dllm_var.diffusion.decoding_view import Bools, Ints, Piece
 
-
 # The arrays of a piece.
 ARRAYS = {"ids": np.int64, "response": np.bool_, "noise": np.float32, "positions": np.int64, "stage": np.int64}
 
@@ -155,10 +154,7 @@ class Packer:
         """Go on from `state` (bit for bit: float32 survives the way through JSON)."""
         self.rows, self.dropped = state["rows"], state["dropped"]
         self.open = [
-            [
-                Piece(**{name: np.array(v, ARRAYS[name]) if isinstance(v, list) else v for name, v in p.items()})
-                for p in row
-            ]
+            [Piece(**{name: np.array(v, ARRAYS[name]) if isinstance(v, list) else v for name, v in p.items()}) for p in row]
             for row in state["open"]
         ]
 

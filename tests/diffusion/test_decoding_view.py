@@ -169,7 +169,9 @@ def test_a_trained_copy_gets_the_very_logits_of_block_decoding(recorded64: Pretr
     noisy = np.where(piece.response, 270, piece.ids)
     with torch.inference_mode():
         mask = torch.from_numpy(sees(piece.stage[:, None], piece.stage[None]))[None]
-        out = recorded64.model(torch.from_numpy(noisy)[None], positions=torch.from_numpy(piece.positions)[None], query_mask=mask)
+        out = recorded64.model(
+            torch.from_numpy(noisy)[None], positions=torch.from_numpy(piece.positions)[None], query_mask=mask
+        )
         trained = [out.logits[0, piece.stage == 2 * number + 1] for number in range(3)]
         kv = KVStore(recorded64.model.config, 1, 64, block, recorded64.model.dtype, "cpu")
         whole = np.arange(prompt + 3 * block) % 13

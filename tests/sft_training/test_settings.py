@@ -76,7 +76,7 @@ def test_the_defaults_are_the_published_recipe_but_for_rows_and_view() -> None:
         ("+training.foo=1", r"training\.foo does not exist\. Valid keys of training: max_steps, .*trace_rows\."),
         (
             "++view.foo=1",
-            r"view\.foo does not exist\. Valid keys of view: tail_share, tail_max, block_share, block_lengths\.",
+            r"view\.foo does not exist\. Valid keys of view: tail_share, tail_max, block_share, block_lengths, every_block",
         ),
         ("trainings.max_steps=3", r"trainings\.max_steps does not exist\. Did you mean training\? Valid keys of the config"),
         ("training.seed.x=3", r"training\.seed\.x does not exist: training\.seed holds a value"),
@@ -91,6 +91,7 @@ def test_the_defaults_are_the_published_recipe_but_for_rows_and_view() -> None:
         ("training.learning_rate=-1", r"training\.learning_rate=-1.0: must be at least 0"),
         ("loss.name=mean", r"loss\.name='mean': choose one of plain_mean"),
         ("view.tail_share=2", "tail_share=2.0: a share lies between 0 and 1"),
+        ("view.every_block=true", r"view\.every_block=true with packing\.attention='full' and packing\.mode='whole'"),
         ("packing.mode=tight", "packing='tight': choose 'split'"),
         ("forward_process.t_max=3", "t_max=3.0"),
         ("model.path=null", r"model\.path is null: give a checkpoint folder or 'tiny'"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.data_loader import IterableDatasetShard
 
+from dllm_var.diffusion.decoding_view import sees
 from dllm_var.diffusion.packing import Row
 from dllm_var.text.special_tokens import SpecialTokens
 from sft_training.build import build_collate, build_model, build_stream
@@ -19,6 +20,7 @@ from sft_training.data import RowStream
 
 SPECIAL = SpecialTokens(mask=270, eos=256, pad=256, eot=257, bos=258)
 LENGTHS = [3 + (7 * i) % 23 for i in range(60)]
+EVERY_BLOCK = ("view.block_share=0.7", "view.every_block=true", "packing.attention=sample")
 EVERYTHING = ("view.tail_share=0.5", "view.tail_max=6", "view.block_share=0.3")
 
 Make = Callable[..., RowStream]
@@ -37,7 +39,8 @@ def make(settings: Callable[..., SftConfig], write_samples: Callable[..., Path])
 
 
 def same(a: Row, b: Row) -> bool:
-    arrays = all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("ids", "response", "real", "noise", "level"))
+    names = ("ids", "response", "real", "noise", "level", "positions", "stage")
+    arrays = all(np.array_equal(getattr(a, n), getattr(b, n)) for n in names)
     return arrays and (a.index, a.pieces) == (b.index, b.pieces)
 
 
@@ -66,9 +69,10 @@ def test_the_order_of_an_epoch_depends_on_the_shuffle_seed_plus_the_epoch(make: 
     assert np.array_equal(five.order(0, 2), seven.order(0, 0))
 
 
-@pytest.mark.parametrize("mode", ["whole", "split"])
-def test_a_stream_taken_up_at_any_row_goes_on_with_the_same_rows(make: Make, mode: str) -> None:
-    options = (*EVERYTHING, f"packing.mode={mode}", "training.local_batch_size=1", "training.grad_accum_steps=1")
+@pytest.mark.parametrize("own", [("packing.mode=whole",), ("packing.mode=split",), EVERY_BLOCK])
+def test_a_stream_taken_up_at_any_row_goes_on_with_the_same_rows(make: Make, own: tuple[str, ...]) -> None:
+    options = (*EVERYTHING[:2], *(own if own is EVERY_BLOCK else (EVERYTHING[2], *own)))
+    options = (*options, "training.local_batch_size=1", "training.grad_accum_steps=1")
     rows = list(islice(make(*options), 32))  # more than an epoch
     going = make(*options)
     for position, _ in enumerate(zip(range(24), going, strict=False)):
@@ -205,25 +209,30 @@ def test_packed_split_rows_need_no_attention_mask_and_whole_rows_have_one(make: 
         assert (real is None) == (mode == "split")
 
 
-@pytest.mark.parametrize("loss", ["plain_mean", "next_token"])
+@pytest.mark.parametrize(
+    "own", [EVERYTHING, ("loss.name=next_token", "view.tail_share=0", "view.tail_max=0"), EVERY_BLOCK], ids=str
+)
 def test_with_attention_per_sample_a_packed_row_says_of_each_sample_what_it_says_of_it_alone(
-    settings: Callable[..., SftConfig], write_samples: Callable[..., Path], loss: str
+    settings: Callable[..., SftConfig], write_samples: Callable[..., Path], own: tuple[str, ...]
 ) -> None:
-    config = settings(
-        write_samples(LENGTHS), "packing.attention=sample", "packing.max_length=64", f"loss.name={loss}",
-        *(("view.tail_share=0", "view.tail_max=0") if loss == "next_token" else EVERYTHING),
-    )  # fmt: skip
+    config = settings(write_samples(LENGTHS), "packing.attention=sample", "packing.max_length=64", *own)
     rows = list(islice(build_stream(config, 288, SPECIAL), 3))
     batch = build_collate(config, SPECIAL)(rows)
     model = build_model(config).eval()
     assert max(len(row.pieces) for row in rows) > 1
     with torch.no_grad():
-        packed = model(batch["noisy"], attention_mask=batch["real"], query_mask=batch["sees"]).logits
+        packed = model(batch["noisy"], batch["real"], batch["positions"], query_mask=batch["sees"]).logits
         for number, row in enumerate(rows):
             for _, first, length, _ in row.pieces:
                 at = slice(first, first + length)
-                causal = torch.ones(1, length, length, dtype=torch.bool).tril() if loss == "next_token" else None
-                alone = model(batch["noisy"][number : number + 1, at], query_mask=causal).logits
+                mask, positions = None, None
+                if config.loss.name == "next_token":
+                    mask = torch.ones(1, length, length, dtype=torch.bool).tril()
+                if own is EVERY_BLOCK:
+                    stage = row.stage[at]
+                    mask = torch.from_numpy(sees(stage[:, None], stage[None]))[None]
+                    positions = torch.from_numpy(row.positions[at] - first)[None]
+                alone = model(batch["noisy"][number : number + 1, at], positions=positions, query_mask=mask).logits
                 torch.testing.assert_close(packed[number, at], alone[0], atol=1e-4, rtol=1e-4)
 
 
