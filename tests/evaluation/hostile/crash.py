@@ -1,0 +1,4 @@
+# Ends by a segmentation fault.
+import ctypes
+
+ctypes.string_at(0)
