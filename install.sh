@@ -151,7 +151,7 @@ touch "$unfinished"
 : >"$log"
 echo "Installing dLLM-Var and what it needs (a few minutes the first time)."
 pip_install pip setuptools || explain_failure
-pip_install --build-constraint constraints.txt torch -e '.[train,dev]' || explain_failure
+pip_install --build-constraint constraints.txt torch -e '.[train,eval,dev]' || explain_failure
 said="$(describe)" || die "torch was installed but cannot be imported (its message is above); remove $venv and $again."
 printf '%s\n%s\n' "$(fingerprint)" "$said" >"$stamp"
 rm -f "$unfinished"

@@ -1,13 +1,14 @@
 """From composed YAML and command-line overrides to typed settings; an unknown key is an error that lists the known ones.
 
-Called by ``sft.py`` and ``dataset/inspect_rows.py``. Hydra alone accepts ``+training.foo=1`` without a word, and its message
-for a mistyped key names no other.
+Called by ``sft.py`` and ``dataset/inspect_rows.py``, and with a schema of its own by ``evaluation/settings.py``. Hydra alone
+accepts ``+training.foo=1`` without a word, and its message for a mistyped key names no other.
 """
 
 import difflib
+from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,6 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from sft_training.config import SftConfig, check
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+GROUPS = frozenset(path.name for path in CONFIGS.glob("*") if path.is_dir())
+Schema = TypeVar("Schema")
 
 
 def compose_settings(overrides: list[str]) -> SftConfig:
@@ -27,9 +30,18 @@ def compose_settings(overrides: list[str]) -> SftConfig:
         ValueError: as `check_overrides` and `typed` say, or a group without the option that was asked for.
     """
     check_overrides(overrides)
+    return typed(compose_file("sft", keep_words(overrides)))
+
+
+def compose_file(name: str, overrides: list[str]) -> DictConfig:
+    """``configs/<name>.yaml`` with these overrides.
+
+    Raises:
+        ValueError: Hydra refuses them, for instance a group without the option that was asked for.
+    """
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return typed(compose("sft", keep_words(overrides)))
+            return compose(name, overrides)
     except HydraException as error:
         raise ValueError(" ".join(str(error).split("Config search path")[0].split())) from error
 
@@ -40,44 +52,59 @@ def typed(config: DictConfig) -> SftConfig:
     Raises:
         ValueError: an unknown key (with the list of valid ones), a value of the wrong type, or settings that contradict.
     """
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    _refuse_unknown(plain, SftConfig, "")
-    try:
-        built = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SftConfig), plain))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}") from error
-    assert isinstance(built, SftConfig)
+    built = fill(config, SftConfig)
     check(built)
     return built
 
 
-def check_overrides(arguments: list[str]) -> None:
+def fill(config: DictConfig, schema: type[Schema]) -> Schema:
+    """The composed configuration as an object of a dataclass.
+
+    Raises:
+        ValueError: an unknown key (with the list of valid ones), or a value of the wrong type.
+    """
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    _refuse_unknown(plain, schema, "")
+    try:
+        built = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}") from error
+    assert isinstance(built, schema)
+    return built
+
+
+def check_overrides(arguments: list[str], schema: type = SftConfig, groups: Collection[str] = GROUPS) -> None:
     """Look at command-line overrides before Hydra does, because its message for a mistyped key lists nothing.
+
+    Args:
+        arguments: the command line. groups: names that choose a file of a group.
+        schema: the dataclass with the valid keys; those of a ``dict`` in it are its reader's business.
 
     Raises:
         ValueError: a key that no section has, with the valid ones.
     """
-    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
     settings = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
     for override in OverridesParser.create().parse_overrides(settings):
         key = override.key_or_group
         chosen_group = key in groups and not isinstance(override.value(), dict)
         if key.split(".")[0] == "hydra" or "/" in key or chosen_group:
             continue
-        node: Any = SftConfig
+        node: Any = schema
         for depth, part in enumerate(key.split(".")):
+            if dict in (get_origin(node), *map(get_origin, get_args(node))):
+                break
             if not is_dataclass(node) or part not in get_type_hints(node):
                 raise _unknown(key, node, ".".join(key.split(".")[:depth]), part)
             node = get_type_hints(node)[part]
 
 
-def keep_words(arguments: list[str]) -> list[str]:
+def keep_words(arguments: list[str], schema: type = SftConfig) -> list[str]:
     """The same command line with quotes where a word is wanted and Hydra would read a number: output_dir=1e5."""
     kept = []
     for argument in arguments:
         key, sign, value = argument.partition("=")
-        node: Any = SftConfig
+        node: Any = schema
         for part in key.lstrip("+").split("."):
             node = get_type_hints(node).get(part) if is_dataclass(node) else None
         if sign and node in (str, str | None, Any):

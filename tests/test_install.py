@@ -111,7 +111,7 @@ def test_a_first_run_installs_torch_under_the_constraints_and_says_what_it_did(c
     assert f"torch 2.13.0 in {clone.venv}" in done.stdout
     assert "CUDA: no (this is a CPU build of torch)" in done.stdout
     assert all("-c constraints.txt" in call for call in clone.calls)
-    assert "torch -e .[train,dev]" in clone.calls[-1]
+    assert "torch -e .[train,eval,dev]" in clone.calls[-1]
 
 
 def test_a_second_run_calls_nothing_and_says_so(clone: Clone) -> None:

@@ -5,6 +5,7 @@ that would take too long or needs what CI has not got, looked at without running
 """
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -87,6 +88,21 @@ class Script:
 
 
 @dataclass(frozen=True)
+class Composes:
+    """Too long, or not possible in CI: every setting of the command is one, and they go together."""
+
+    why: str
+
+    def __call__(self, command: str, clone: Path) -> None:
+        _, settings = command.split("eval.py")
+        (clone / "compose.py").write_text(
+            "import sys\nfrom evaluation.settings import compose_settings\ncompose_settings(sys.argv[1:])\n"
+        )
+        done = run([sys.executable, "compose.py", *settings.split(), "dataset.path=my_benchmarks"], clone)
+        assert done.returncode == 0, done.stderr
+
+
+@dataclass(frozen=True)
 class Nothing:
     """Nothing to run: the reason is the check."""
 
@@ -143,6 +159,21 @@ COMMANDS: dict[str, Callable[[str, Path], None]] = {
     "python scripts/count_tokens.py --tokenizer tiny --output runs/token_freq.json my_texts/*.jsonl": Run(
         creates="runs/token_freq.json"
     ),
+    "python evaluation/eval.py": Run("limit=1 output_dir=outputs/eval/tiny", creates="outputs/eval/tiny/results.json"),
+    "python evaluation/eval.py dataset.name=gsm8k dataset.path=my_benchmarks limit=2 generation.max_gen_length=32": Run(
+        "output_dir=outputs/eval/gsm8k", prints="flexible"
+    ),
+    "python evaluation/eval.py limit=1 generation=vanilla generation.gen_length=32 generation.block_length=16 "
+    "generation.threshold=0.9 cache=prefix": Run("output_dir=outputs/eval/fixed", prints="vanilla, prefix"),
+    "accelerate launch --num_machines 1 --num_processes 4 evaluation/eval.py dataset.name=gsm8k model=llada-inst "
+    "generation=vanilla generation.steps=256 generation.gen_length=256 generation.block_length=32": Composes(
+        "16 GB from the network; tests/evaluation runs this line with the bundled model"
+    ),
+    "CONFIRM_RUN_UNSAFE_CODE=true PRETRAINED_PATH=maomaocun/dLLM-Var bash evaluation/run_batch.sh --dry-run": Run(
+        prints="dataset.name=mmlu_pro"
+    ),
+    "python evaluation/report.py outputs/eval/*": Run(prints="tiny, vanilla, prefix"),
+    "python evaluation/length_calibration.py": Run("--prompts 1 --systems EOS-led --budgets 32", prints="right_length"),
     "python scripts/replay_golden.py --golden tests/golden/decode": Run("--method dllm_var --method wino_orig"),
 }
 
@@ -165,6 +196,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my_texts").mkdir()
     (example,) = blocks("json")
     (folder / "my_texts" / "numbers.jsonl").write_text(example * 40, encoding="utf-8")
+    (folder / "my_benchmarks" / "gsm8k").mkdir(parents=True)
+    sums = [json.dumps({"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"}) for n in range(8)]
+    for part in ("train", "test"):
+        (folder / "my_benchmarks" / "gsm8k" / f"{part}.jsonl").write_text("\n".join(sums) + "\n", encoding="utf-8")
     return folder
 
 

@@ -63,24 +63,34 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, continue_final_message: bool = False
+) -> list[int]:
     """Ids of a conversation that waits for an answer, closed by an assistant header.
 
     For ordinary text the same ids as the published template gives through the tokenizer: role and content are stripped
     and encoded together with the two line ends before them, because a byte-level tokenizer may join those.
 
+    Args:
+        continue_final_message: the last message is how the answer begins. It stays open, its end is not stripped, and it is
+            encoded apart from what precedes it, as the answers that a model is trained on are.
+
     Raises:
-        ValueError: no message, a message without a known role or text content, or a tokenizer that lacks a chat token.
+        ValueError: no message, a message without a known role or text content, a last message to continue that is not the
+            assistant's, or a tokenizer that lacks a chat token.
     """
     _check(messages)
+    if continue_final_message and messages[-1]["role"] != "assistant":
+        raise ValueError(f"the last message is the {messages[-1]['role']}'s: only an assistant's can be continued.")
     start, end, eot = (required_id(tokenizer, name) for name in (HEADER, HEADER_END, EOT))
     if tokenizer.bos_token_id is None:
         raise ValueError(f"the tokenizer names no BOS token, which a chat prompt opens with: set bos_token to {BOS}.")
     ids = [int(tokenizer.bos_token_id)]
-    for message in messages:
+    for message in messages[:-1] if continue_final_message else messages:
         ids += [start, *encode_text(tokenizer, message["role"]), end]
         ids += [*encode_text(tokenizer, "\n\n" + message["content"].strip()), eot]
-    return [*ids, start, *encode_text(tokenizer, "assistant"), end, *encode_text(tokenizer, "\n\n")]
+    begun = encode_text(tokenizer, messages[-1]["content"].lstrip()) if continue_final_message else []
+    return [*ids, start, *encode_text(tokenizer, "assistant"), end, *encode_text(tokenizer, "\n\n"), *begun]
 
 
 def render_sample(

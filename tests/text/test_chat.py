@@ -68,6 +68,16 @@ def test_the_template_ends_with_an_assistant_header_whether_asked_or_not(tokeniz
     assert with_header.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
+def test_an_answer_that_is_begun_stays_open_and_keeps_the_line_end_it_stops_at(tokenizer):
+    begun = [*user(" well? "), {"role": "assistant", "content": " the sum:\n<|eot_id|>\n"}]
+    open_end = render_prompt(tokenizer, begun, continue_final_message=True)
+    assert open_end == [*render_prompt(tokenizer, user("well?")), *encode_text(tokenizer, "the sum:\n<|eot_id|>\n")]
+    assert tokenizer.decode(open_end).endswith("assistant<|end_header_id|>\n\nthe sum:\n<|eot_id|>\n")
+    assert sum(token in control_ids(tokenizer) for token in open_end) == 6  # BOS, two headers of two, one eot
+    with pytest.raises(ValueError, match="the last message is the user's: only an assistant's can be continued"):
+        render_prompt(tokenizer, user("well?"), continue_final_message=True)
+
+
 def test_a_saved_tokenizer_carries_the_template(fresh_tokenizer, tmp_path):
     fresh_tokenizer().save_pretrained(tmp_path)
     assert (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
