@@ -178,12 +178,12 @@ def cut_short(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-def fill_the_disk(room: Callable[[Run], int], sentence: str) -> Fault:
+def fill_the_disk(room: Callable[[Run], int], sentence: str, after: int = EVERY + 1) -> Fault:
     """No file of the process can grow beyond some size, from some step on: to the process, a disk without room."""
 
     def inject(run: Run, draw: random.Random) -> str:
         run.go()
-        run.wait(run.reached(EVERY + 1))
+        run.wait(run.reached(after))
         for process in run.processes:
             resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE, (room(run), resource.RLIM_INFINITY))
         run.end()
@@ -239,8 +239,8 @@ DRILLS: dict[str, tuple[Fault, int, int, tuple[str, ...]]] = {
     "file of a checkpoint missing": (damage(Path.unlink), 3, 1, ()),
     "disk full at a checkpoint": (fill_the_disk(lambda run: 100_000, " takes about "), 2, 1, ()),
     "disk full at a metric line": (
-        fill_the_disk(lambda run: (run.folder / METRICS_FILE).stat().st_size + 10, " could not be written to "),
-        2, 1, ("training.save_steps=3",),
+        fill_the_disk(lambda run: (run.folder / METRICS_FILE).stat().st_size + 10, " could not be written to ", after=4),
+        2, 1, ("training.save_steps=3",),  # so it comes after a checkpoint, and well before the next
     ),
     "malformed line": (break_a_line, 2, 1, ()),
     "data file vanishes": (delete_the_data, 2, 1, ("dataset.prefetch_steps=1",)),

@@ -19,7 +19,6 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 
 from dllm_var.model.shards import file_hash
 from sft_training.data import RowStream
@@ -216,13 +215,20 @@ def could_not_write(what: str, run: Path, error: object, needed: int | None = No
     )
 
 
+def is_full(error: Exception) -> bool:
+    """Whether a disk is full (or a quota, or a limit of file sizes); the libraries in Rust say so in words alone."""
+    return getattr(error, "errno", None) in FULL or any(f"(os error {number})" in str(error) for number in FULL)
+
+
 @contextmanager
 def full_disk_told(run: Path) -> Iterator[None]:
-    """Inside, a full disk (or quota, or limit of file sizes) ends the run with a sentence."""
+    """Inside, a full disk ends the run with a sentence."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in FULL and not any(f"os error {number}" in str(error) for number in FULL):
+    except RunStopped:
+        raise
+    except Exception as error:
+        if not is_full(error):
             raise
         raise could_not_write(getattr(error, "filename", None) or "a file", run, error) from error
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from dllm_var.diffusion.objective import masked_cross_entropy, token_weights
 from dllm_var.model.llada import LLaDAModelLM
 from sft_training.adapters import save_network, seed_dropout
-from sft_training.checkpoints import POSITION_FILE, complete, could_not_write, staging
+from sft_training.checkpoints import POSITION_FILE, complete, could_not_write, is_full, staging
 from sft_training.config import SftConfig
 from sft_training.data import Collate, Counts, RowStream
 from sft_training.guard import StepGuard
@@ -171,7 +171,9 @@ class SftTrainer(Trainer):
         problem: Exception | None = None
         try:
             save()
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # the tokenizer's writer knows no class of its own
+            if not (isinstance(error, OSError | RuntimeError | SafetensorError) or is_full(error)):
+                raise
             problem = error
         alone = problem is not None and acting(self) not in ("none", "ddp")  # the others wait for it inside the library
         if alone or self.accelerator.reduce(torch.tensor(float(problem is not None), device=self.args.device)).item():

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerControl, TrainerState
 
 from dllm_var.model.checkpoint import load_model
 from sft_training import guard, records, trainer
@@ -341,6 +341,23 @@ def test_a_full_disk_while_saving_ends_with_a_sentence_and_loses_nothing(
         assert "(fewer bytes were taken than given, as by a full disk)" in said
         train(troubled)
         assert sorted(lines(troubled)) == [1, 2, 3, 4]
+
+
+def test_a_full_disk_that_a_library_tells_in_words_alone_ends_with_a_sentence_too(
+    twins: Callable[..., tuple[SftConfig, SftConfig]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, troubled = twins("training.max_steps=4")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise Exception("No space left on device (os error 28)")  # as the tokenizer's writer does
+
+    limit = At(3, lambda: monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full))
+    with pytest.raises(RunStopped, match=r"checkpoint-4 could not be written to .* \(No space left on device"):
+        train_with(troubled, monkeypatch, limit)
+    assert left_over(troubled) == []
+    monkeypatch.undo()
+    train(troubled)
+    assert sorted(lines(troubled)) == [1, 2, 3, 4]
 
 
 def test_a_metric_line_that_finds_no_room_leaves_the_file_as_it_was(
