@@ -257,8 +257,9 @@ class DiffusionLM(LM):
         if missing:
             name = "requests" if self._team.size == 1 else f"requests of process 1 of {self._team.size}"
             own = self._worker.run(self._team.hand_out(shares), progress=name)
-            for made in self._team.bring_together(own):
-                self._stored.update(made)
+            made = [each for share in self._team.bring_together(own) for each in share]
+            assert sorted(key for key, _ in made) == sorted(missing)  # everything once
+            self._stored.update(made)
         self.records |= {job.key: self._stored[job.key] for job in jobs}
         return [self.records[job.key] for job in jobs]
 
