@@ -32,8 +32,7 @@ export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 export OMP_NUM_THREADS="$threads"
 sft() { # both stages: the same data, optimizer and seed
   "$python" "$root/sft_training/sft.py" dataset.files="$run/train.jsonl" model.tokenizer="$run/start" \
-    packing.attention=sample \
-    training.grad_accum_steps=1 training.optimizer=muon training.learning_rate=6e-3 \
+    packing.attention=sample training.grad_accum_steps=1 training.optimizer=muon \
     'training.betas=[0.9,0.98]' training.schedule=wsd training.warmup_steps=100 \
     training.compile=true training.threads="$threads" training.seed=1 \
     training.save_steps=250 training.save_total_limit=2 training.logging_steps=10 "$@"
@@ -46,7 +45,7 @@ if [[ "${WARM_UP:-1}" == 1 ]]; then
   if [[ ! -e "$run/warm_up/final/config.json" ]]; then
     sft "${origin[@]}" loss.name=next_token view.tail_share=0 view.tail_max=0 view.block_share=0 \
       packing.max_length=288 training.local_batch_size=11 \
-      training.max_steps=4000 training.decay_steps=600 output_dir="$run/warm_up"
+      training.learning_rate=6e-3 training.max_steps=4000 training.decay_steps=600 output_dir="$run/warm_up"
   fi
   origin=(model=tiny model.path="$run/warm_up/final")
 fi
@@ -55,7 +54,7 @@ fi
 sft "${origin[@]}" model.final_dtype=bf16 packing.max_length=576 training.local_batch_size=5 \
   view.block_share=0.85 view.every_block=true 'view.block_lengths=[8,16,32]' view.tail_share=0.8 view.tail_max=32 \
   forward_process.t_per=sample forward_process.t_min=0.1 forward_process.t_max=1.0 \
-  training.max_steps=12000 training.decay_steps=6000 output_dir="$run/sft" "$@"
+  training.learning_rate=2e-3 training.max_steps=12000 training.decay_steps=9000 output_dir="$run/sft" "$@"
 
 if [[ -n "${TRAIN_ONLY:-}" ]]; then exit; fi # scripts/study_surroundings.sh measures for itself
 "$python" "$root/scripts/eval_tiny.py" --model "$run/sft/final" --output "$run/evaluation.json"
