@@ -69,7 +69,7 @@ class DecodeLoop:
             ValueError: as for the class; or a number that a live row has.
         """
         check_requests([*self.state.request.tolist(), *requests], self.state.rows + len(prompts))
-        _check_prompts(prompts, self.model, self.config)
+        check_prompts(prompts, requests, self.model, self.config)
         room = [self.config.response_limit] * len(prompts) if limits is None else limits
         context = self.model.config.max_sequence_length
         fresh = DecodeState.begin(prompts, requests, self.special.mask, room, context, self.capacity)
@@ -192,10 +192,13 @@ def check_requests(requests: Sequence[int], prompts: int) -> None:
         raise ValueError(f"requests={list(requests)} must be {prompts} different numbers, one for each prompt.")
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], model: LLaDAModelLM, config: GenerationConfig) -> None:
+def check_prompts(
+    prompts: Sequence[Sequence[int]], requests: Sequence[int], model: LLaDAModelLM, config: GenerationConfig
+) -> None:
+    """Raises ValueError for a prompt (by its number) with ids that the model does not have, or too long for the model."""
     vocabulary, context = model.config.embedding_rows, model.config.max_sequence_length
     fixed = config.canvas == "fixed"
-    for number, ids in enumerate(prompts):
+    for number, ids in zip(requests, prompts, strict=True):
         odd = next((i for i in ids if not 0 <= i < vocabulary), None)
         if odd is not None:
             raise ValueError(f"prompt {number} holds the id {odd}, but the model has the ids 0..{vocabulary - 1}.")

@@ -16,7 +16,7 @@ import torch
 
 from dllm_var.decoding.compose import compose
 from dllm_var.decoding.config import GenerationConfig
-from dllm_var.decoding.loop import DecodeLoop
+from dllm_var.decoding.loop import DecodeLoop, check_prompts
 from dllm_var.decoding.results import Event, Generation
 from dllm_var.decoding.state import CANCELLED, DEADLINE, FORWARDS, STOP_REASONS, STOP_STRING
 from dllm_var.engine import scheduler
@@ -154,14 +154,11 @@ class Engine:
         for name, value in (("forwards", forwards), ("seconds", seconds)):
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be above 0, or left out.")
-        ids = self.model.prompt_ids(prompt)
-        if len(ids) + 1 > self.max_length:
-            raise ValueError(f"the prompt has {len(ids)} tokens: it leaves no room for an answer within {self.max_length}.")
+        ids, number = self.model.prompt_ids(prompt), self._next if request is None else request
+        check_prompts([ids], [number], self.model.model, config)
         needed, row = self._row_bytes(config), len(ids) + config.response_limit
         if self.memory is not None and needed > self.memory:
-            raise ValueError(
-                f"memory={self.memory} bytes cannot hold a request of {needed}: raise it, or lower max_length."
-            )
+            raise ValueError(f"memory={self.memory} bytes cannot hold a request of {needed}: raise it, or lower max_length.")
         if row > self.max_length < self.model.model.config.max_sequence_length:
             raise ValueError(
                 f"the prompt and the longest answer take {row} positions, above max_length={self.max_length}: raise it, or "
@@ -169,7 +166,6 @@ class Engine:
             )
         if len(self.waiting) >= self.queue_size:
             raise queue.Full(f"{self.queue_size} requests are waiting already: try again later.")
-        number = self._next if request is None else request
         if number in self._numbers:
             raise ValueError(f"request={number} is in the engine already: give another number.")
         self._numbers.add(number)

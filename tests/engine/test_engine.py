@@ -254,7 +254,8 @@ def test_an_engine_that_could_not_work_is_refused(recorded: Pretrained, options:
         ({"forwards": 0}, "forwards=0 must be above 0"),
         ({"seconds": -1.0}, r"seconds=-1\.0 must be above 0"),
         ({"request": 0}, "request=0 is in the engine already"),
-        ({"prompt": [97] * 64}, "the prompt has 64 tokens: it leaves no room"),
+        ({"prompt": [97] * 10**4}, "prompt 1 has 10000 tokens: an answer of one token needs 10001 positions"),
+        ({"prompt": [10**6]}, "prompt 1 holds the id 1000000"),
         ({"config": GenerationConfig(max_gen_length=100)}, r"take 101 positions, above max_length=64"),
     ],
 )
