@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_var.model.kv_store import KVStore
+from dllm_var.model.kv_store import KVRows, KVStore
 from dllm_var.model.llada import LLaDAModelLM
 
 
@@ -21,10 +21,10 @@ def make_store(make_model: Callable[..., LLaDAModelLM]) -> Callable[..., KVStore
     return build
 
 
-def _write(kv: KVStore, slots: list[list[int]], marks: list[list[float]], step: int = 0, real: Any = None) -> list[Any]:
+def _write(kv: KVStore | KVRows, slots: list[list[int]], marks: list[list[float]], step: int = 0, real: Any = None) -> list[Any]:
     """Write keys that are all equal to their mark; return per row the marks that a query sees, in column order."""
-    mark = torch.tensor(marks)
-    key = mark[:, None, :, None].expand(-1, kv.keys[0].shape[1], -1, kv.keys[0].shape[3])
+    mark, buffer = torch.tensor(marks), (kv.store if isinstance(kv, KVRows) else kv).keys[0]
+    key = mark[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
     at = kv.place(torch.tensor(slots), None if real is None else torch.tensor(real), step)
     keys, values = kv.exchange(0, key, -key, at)
     assert torch.equal(values, -keys)
