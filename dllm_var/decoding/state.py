@@ -9,6 +9,7 @@ Legend: B rows, C capacity (canvas positions of the longest possible row).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,7 +203,7 @@ class DecodeState:
     def some(self, rows: Tensor) -> "DecodeState":
         """A copy of the given rows (int64 indices): all of them before their first forward, or none."""
         fresh = not bool(self.forwards[rows].any())
-        own = {name: array[rows] for name, array in vars(self).items() if isinstance(array, Tensor)}
+        own: dict[str, Any] = {name: array[rows] for name, array in vars(self).items() if isinstance(array, Tensor)}
         return replace(self, **own, notes={} if fresh else {name: a[rows.to(a.device)] for name, a in self.notes.items()})
 
     def put(self, rows: Tensor, part: "DecodeState") -> None:
