@@ -1,4 +1,4 @@
-"""Prompts in, answers out: text on top of the decode loop.
+"""Prompts in, answers out: text on top of the engine.
 
 `generate` and `stream` are the public calls (`dllm_var.generate`, `dllm_var.stream`); the demo and `evaluation/` use them.
 """
@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from transformers import PreTrainedTokenizerBase
-
 from dllm_var.decoding.config import GenerationConfig
-from dllm_var.decoding.loop import DecodeLoop, check_requests, decode
+from dllm_var.decoding.loop import check_requests
 from dllm_var.decoding.results import Event, Generation
+from dllm_var.engine import Engine
 from dllm_var.pretrained import Pretrained, Prompt
 from dllm_var.text.chat import decode_text
 
@@ -34,7 +33,7 @@ def generate(
             depend on the other prompts.
         config: how to decode; default `GenerationConfig()`.
         requests: a number for each prompt, the key of its random draws; default 0, 1, ….
-        batch_size: prompts decoded together; default all of them.
+        batch_size: prompts decoded together, the next one joining where one is done; default all of them.
 
     Raises:
         ValueError: a prompt that cannot be rendered, is too long, or holds ids that the model does not have; a bad batch
@@ -44,13 +43,8 @@ def generate(
         raise ValueError(f"batch_size={batch_size} must be 1 or more, or None for all prompts at once.")
     requests = range(len(prompts)) if requests is None else requests
     check_requests(requests, len(prompts))
-    ids = _prompt_ids(model, prompts)
-    size = batch_size or max(1, len(prompts))
-    answers: list[Generation] = []
-    for start in range(0, len(prompts), size):
-        at = slice(start, start + size)
-        answers += decode(model.model, model.special, config or GenerationConfig(), ids[at], requests[at])
-    return [_with_text(model.tokenizer, answer) for answer in answers]
+    answers = _engine(model, prompts, config or GenerationConfig(), requests, batch_size).run()
+    return [answers[request] for request in requests]
 
 
 def stream(
@@ -65,19 +59,26 @@ def stream(
     Settled text is final; provisional text follows it, with a sign for each mask.
     Takes the arguments of `generate` and raises what it raises.
     """
-    ids = _prompt_ids(model, prompts)
-    for event in DecodeLoop(model.model, model.special, config or GenerationConfig(), ids, requests):
+    requests = range(len(prompts)) if requests is None else requests
+    check_requests(requests, len(prompts))
+    for event in _engine(model, prompts, config or GenerationConfig(), requests, None):
         yield event_with_text(model, event)
 
 
-def _prompt_ids(model: Pretrained, prompts: Sequence[Prompt]) -> list[list[int]]:
+def _engine(
+    model: Pretrained, prompts: Sequence[Prompt], config: GenerationConfig, requests: Sequence[int], rows: int | None
+) -> Engine:
+    """An engine with the prompts in its queue and a store no larger than they need."""
     if isinstance(prompts, str):
         raise ValueError("prompts is one text: give a list, generate(model, [text]), even for a single prompt.")
-    return [model.prompt_ids(prompt) for prompt in prompts]
-
-
-def _with_text(tokenizer: PreTrainedTokenizerBase | None, answer: Generation) -> Generation:
-    return answer if tokenizer is None else replace(answer, text=decode_text(tokenizer, answer.tokens))
+    ids = [model.prompt_ids(prompt) for prompt in prompts]
+    longest = max(map(len, ids), default=0) + config.response_limit
+    longest = min(longest, model.model.config.max_sequence_length)
+    some = max(1, len(prompts))
+    engine = Engine(model, max_rows=min(some, rows or some), max_length=longest, queue_size=some)
+    for prompt, request in zip(ids, requests, strict=True):
+        engine.submit(prompt, config, request=request)
+    return engine
 
 
 def event_with_text(model: Pretrained, event: Event) -> Event:
@@ -88,5 +89,4 @@ def event_with_text(model: Pretrained, event: Event) -> Event:
     text = decode_text(tokenizer, event.response[: event.settled]).rstrip("\ufffd")  # of a character that is not all there
     runs = groupby(event.response[event.settled : event.length], key=lambda token: token == mask)
     rest = [MASK_SIGN * len(list(run)) if masked else decode_text(tokenizer, list(run)) for masked, run in runs]
-    result = None if event.result is None else _with_text(tokenizer, event.result)
-    return replace(event, text=text, provisional="".join(rest), result=result)
+    return replace(event, text=text, provisional="".join(rest))

@@ -20,6 +20,7 @@ from dllm_var.decoding.proposal import Proposer
 from dllm_var.decoding.selectors import best
 from dllm_var.decoding.state import DecodeState
 from dllm_var.decoding.step import Plan
+from dllm_var.model.kv_store import KVRows, KVStore
 from dllm_var.model.llada import LLaDABlock, LLaDAModelLM, Rotation, rotate, rotation
 
 Cells = tuple[Tensor, Tensor]  # row and column, int64 [M] each
@@ -88,7 +89,20 @@ class FeatureExecutor(Executor):
             torch.zeros(*shape, *size, dtype=model.dtype, device=model.device) for size in (heads, heads, width, width)
         ]
 
-    def _forward(self, plan: Plan, state: DecodeState, ids: Tensor, positions: Tensor, project: Projection) -> Outcome:
+    @property
+    def joinable(self) -> bool:
+        """False: the features are those of a fixed batch."""
+        return False
+
+    def _forward(
+        self,
+        plan: Plan,
+        state: DecodeState,
+        ids: Tensor,
+        positions: Tensor,
+        project: Projection,
+        kv: KVStore | KVRows | None,
+    ) -> Outcome:
         assert bool((plan.positions == torch.arange(ids.shape[1]))[plan.real].all()), "a column is a canvas position"
         first, others = self._renewals(plan, state)
         real = None if bool(plan.real.all()) else self._twice(plan.real.to(ids.device))

@@ -14,7 +14,7 @@ from dllm_var.decoding.noise import keys
 from dllm_var.decoding.proposal import Proposer
 from dllm_var.decoding.state import DecodeState
 from dllm_var.decoding.step import Plan, StepView
-from dllm_var.model.kv_store import KVStore
+from dllm_var.model.kv_store import KVRows, KVStore
 from dllm_var.model.llada import LLaDAModelLM
 
 Projection = Callable[[Tensor, Tensor], Tensor]  # hidden [M, D], head weight [V, D] -> readings
@@ -30,26 +30,44 @@ class Executor:
         proposer: turns hidden states into proposals.
         seed: of its noise.
         scratch: None: no store; else the largest number of passing (slot −1) columns in one forward.
+        room: how many rows may be held at a time (`admit`); default those of `state`.
 
     Attributes:
         calls: forwards of the batch so far; stamped on what is stored.
+        columns: columns of all forwards so far, padding included. padding: how many of them were padding.
         computed: int64 [B], the positions that the last forward computed for each row, both streams of guidance.
         store: the keys and values; under guidance the conditional rows first, then the unconditional ones.
     """
 
     def __init__(
-        self, model: LLaDAModelLM, state: DecodeState, proposer: Proposer, seed: int, scratch: int | None = None
+        self,
+        model: LLaDAModelLM,
+        state: DecodeState,
+        proposer: Proposer,
+        seed: int,
+        scratch: int | None = None,
+        room: int | None = None,
     ) -> None:
         self.model, self.proposer, self.seed, self.calls = model, proposer, seed, 0
+        self.columns = self.padding = 0
         self.computed = torch.zeros_like(state.forwards)
         self.streams = 2 if proposer.guidance else 1
         self.store = None
         if scratch is not None:
             rows, capacity = state.rows * self.streams, state.tokens.shape[1]
-            self.store = KVStore(model.config, rows, capacity, scratch, model.dtype, model.device)
+            room = None if room is None else room * self.streams
+            self.store = KVStore(model.config, rows, capacity, scratch, model.dtype, model.device, room)
 
-    def __call__(self, plan: Plan, state: DecodeState) -> StepView:
+    @property
+    def joinable(self) -> bool:
+        """Whether `admit` and `chosen` are possible: not under guidance, whose second stream lies behind all rows."""
+        return self.streams == 1
+
+    def __call__(self, plan: Plan, state: DecodeState, chosen: Tensor | None = None) -> StepView:
         """One forward over the plan's columns.
+
+        Args:
+            chosen: int64 [B], which of the rows that are held those of `state` are; None: all of them.
 
         Raises:
             ValueError: the model's logits are not numbers.
@@ -67,8 +85,11 @@ class Executor:
             prompt = (plan.positions < state.prompt[:, None]).to(device)
             ids = torch.cat((ids, ids.masked_fill(prompt, state.mask)))
         project = partial(self.proposer, keys=key, rows=row, positions=position)
-        readings, attentions = self._forward(plan, state, ids, self._twice(positions), project)
+        kv = self.store if self.store is None or chosen is None else self.store.some(chosen)
+        readings, attentions = self._forward(plan, state, ids, self._twice(positions), project, kv)
         self.calls += 1
+        self.columns += plan.real.numel() * self.streams
+        self.padding += int((~plan.real).sum()) * self.streams
         readings = readings.cpu()  # the only transfer from device to host
         attentions = None if attentions is None else tuple(a[: state.rows] for a in attentions)
         view = StepView.build(state, plan, readings, tuple(self.proposer.measures), attentions)
@@ -79,7 +100,15 @@ class Executor:
             )
         return view
 
-    def _forward(self, plan: Plan, state: DecodeState, ids: Tensor, positions: Tensor, project: Projection) -> Outcome:
+    def _forward(
+        self,
+        plan: Plan,
+        state: DecodeState,
+        ids: Tensor,
+        positions: Tensor,
+        project: Projection,
+        kv: KVStore | KVRows | None,
+    ) -> Outcome:
         """The network over ids and positions int64 [streams · B, n], both on its device: what other executors replace."""
         # What the store and the choice of rows are indexed by stays on the host, where it costs no synchronisation.
         real = plan.real if self.store is not None else plan.real.to(ids.device)
@@ -88,7 +117,7 @@ class Executor:
             input_ids=ids,
             positions=positions,
             attention_mask=None if bool(plan.real.all()) else self._twice(real),
-            kv=self.store,
+            kv=kv,
             slots=None if plan.slots is None else self._twice(plan.slots),
             query_mask=None if plan.query_mask is None else self._twice(plan.query_mask.to(ids.device)),
             logits_for=self._twice(plan.wanted),
@@ -97,6 +126,12 @@ class Executor:
             output_attentions=plan.attention,
         )
         return out.logits, out.attentions
+
+    def admit(self, rows: int) -> None:
+        """Make room for further rows, behind those that are held."""
+        assert self.joinable
+        if self.store is not None:
+            self.store.admit(rows)
 
     def keep(self, rows: Tensor) -> None:
         """Keep only the given rows (int64 indices) of the store, in both streams."""

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from dllm_var.decoding.state import DecodeState
 from dllm_var.decoding.step import Action, Plan, StepView
@@ -26,6 +27,10 @@ class KVPolicy(ABC):
     @abstractmethod
     def plan(self, state: DecodeState) -> Plan:
         """The columns of the next forward."""
+
+    def columns(self, state: DecodeState) -> Tensor:
+        """Int64 [B]: how many columns of each row the next forward computes, given open blocks; by default all."""
+        return state.end
 
     def observe(self, view: StepView, action: Action) -> None:  # noqa: B027 (nothing is a good default)
         """Called once the action has been applied; by default nothing."""
@@ -62,6 +67,9 @@ class BlockCommit(KVPolicy):
         final = plan.real & (plan.positions < state.block_start[:, None])
         return replace(plan, slots=plan.positions.where(final, -1))
 
+    def columns(self, state: DecodeState) -> Tensor:
+        return state.block_end - state.stored
+
     def observe(self, view: StepView, action: Action) -> None:
         view.state.stored = view.state.block_start
 
@@ -86,11 +94,18 @@ class Prefix(KVPolicy):
         self.dual = dual
 
     def plan(self, state: DecodeState) -> Plan:
+        plan = Plan.span(state, *self._span(state))
+        return replace(plan, slots=plan.positions.where(plan.real, -1))
+
+    def columns(self, state: DecodeState) -> Tensor:
+        start, end = self._span(state)
+        return end - start
+
+    def _span(self, state: DecodeState) -> tuple[Tensor, Tensor]:
+        """From where to where each row is computed."""
         first = state.block_forwards == 0
         start = state.block_start.masked_fill(first, 0)
-        end = torch.where(first, state.end, state.block_end) if self.dual else state.end
-        plan = Plan.span(state, start, end)
-        return replace(plan, slots=plan.positions.where(plan.real, -1))
+        return start, torch.where(first, state.end, state.block_end) if self.dual else state.end
 
     def observe(self, view: StepView, action: Action) -> None:
         view.state.stored = view.state.end if self.dual else view.state.block_start

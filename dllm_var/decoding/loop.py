@@ -7,23 +7,24 @@ Called by `dllm_var.generation` and by exported checkpoints (`decode`). Policies
 touch neither the model nor each other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from dllm_var.decoding.compose import Policies, compose
 from dllm_var.decoding.config import GenerationConfig
 from dllm_var.decoding.dllm_cache import FeatureExecutor
 from dllm_var.decoding.executor import Executor
 from dllm_var.decoding.proposal import Proposer
-from dllm_var.decoding.results import Event, Generation, events
+from dllm_var.decoding.results import Event, Generation, events, generation
 from dllm_var.decoding.state import LIVE, DecodeState
 from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.text.special_tokens import SpecialTokens
 
 
 class DecodeLoop:
-    """A batch of prompts on their way to answers.
+    """Rows on their way from prompts to answers.
 
     Args:
         model: the network, in evaluation mode.
@@ -32,6 +33,8 @@ class DecodeLoop:
         prompts: token ids, of any lengths; an empty prompt is allowed.
         requests: a number for each prompt, its name in events and its key for random draws; default 0, 1, ….
         policies: other policies than those of `compose` (research, tests).
+        room: how many rows may be decoded at a time (`admit`); default those given here.
+        capacity: canvas positions of the longest possible row; default as many as the rows given here need.
 
     Raises:
         ValueError: a prompt with ids that the model does not have, or too long for the model.
@@ -42,46 +45,117 @@ class DecodeLoop:
         model: LLaDAModelLM,
         special: SpecialTokens,
         config: GenerationConfig,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] = (),
         requests: Sequence[int] | None = None,
         policies: Policies | None = None,
+        *,
+        room: int | None = None,
+        capacity: int | None = None,
     ) -> None:
-        requests = range(len(prompts)) if requests is None else requests
-        check_requests(requests, len(prompts))
-        _check_prompts(prompts, model, config)
-        self.special = special
+        self.model, self.special, self.config = model, special, config
         self.policies = compose(config, special, model.config) if policies is None else policies
-        context = model.config.max_sequence_length
-        self.state = DecodeState.begin(prompts, requests, special.mask, config.response_limit, context)
-        proposer = Proposer.build(config, special, self.policies.measures)
-        self.executor: Executor
-        if config.cache == "dllm":
-            self.executor = FeatureExecutor(model, self.state, proposer, config.seed, config.kp, config.kr, config.rou)
+        self.room, self.capacity = len(prompts) if room is None else room, capacity
+        self.state = DecodeState.begin([], [], special.mask, 0, 0, capacity)
+        self._executor: Executor | None = None
+        self.admit(prompts, range(len(prompts)) if requests is None else requests)
+
+    def admit(self, prompts: Sequence[Sequence[int]], requests: Sequence[int], limits: Sequence[int] | None = None) -> None:
+        """Take further prompts in, behind the rows that are live; between two steps.
+
+        Args:
+            limits: the longest answer of each, where it is not that of the configuration.
+
+        Raises:
+            ValueError: as for the class; or a number that a live row has.
+        """
+        check_requests([*self.state.request.tolist(), *requests], self.state.rows + len(prompts))
+        check_prompts(prompts, requests, self.model, self.config)
+        room = [self.config.response_limit] * len(prompts) if limits is None else limits
+        context = self.model.config.max_sequence_length
+        fresh = DecodeState.begin(prompts, requests, self.special.mask, room, context, self.capacity)
+        if self._executor is None or not (self.state.rows or self._executor.joinable):
+            self._executor = self._build(fresh)
         else:
-            scratch = self.policies.kv.scratch
-            if scratch is not None:
-                scratch += self.policies.selector.scratch(config.block_length)
-            self.executor = Executor(model, self.state, proposer, config.seed, scratch)
+            self._executor.admit(fresh.rows)
+        if self.state.rows:
+            self.state.extend(fresh)
+        else:
+            self.state = fresh
+
+    def _build(self, state: DecodeState) -> Executor:
+        config, model = self.config, self.model
+        proposer = Proposer.build(config, self.special, self.policies.measures)
+        if config.cache == "dllm":
+            return FeatureExecutor(model, state, proposer, config.seed, config.kp, config.kr, config.rou)
+        scratch = self.policies.kv.scratch
+        if scratch is not None:
+            scratch += self.policies.selector.scratch(config.block_length)
+        return Executor(model, state, proposer, config.seed, scratch, max(self.room, state.rows))
+
+    @property
+    def executor(self) -> Executor:
+        """What calls the model."""
+        assert self._executor is not None
+        return self._executor
+
+    @property
+    def joinable(self) -> bool:
+        """Whether `admit` is possible beside live rows, and a step of some of them."""
+        return self.executor.joinable
+
+    def columns(self) -> Tensor:
+        """Int64 [B]: how many columns each row's next forward has; opens the next block where one is full.
+
+        An elastic canvas grows as its forwards come, so for it these are those of the last forward.
+        """
+        if self.config.canvas != "elastic":
+            self.policies.length.before(self.state)
+        return self.policies.kv.columns(self.state)
 
     @torch.inference_mode()
-    def step(self) -> list[Event]:
-        """One forward of all live rows and what follows from it: one event per row. Finished rows leave the batch."""
-        use, state = self.policies, self.state
+    def step(self, chosen: Tensor | None = None, ending: Mapping[int, int] | None = None) -> list[Event]:
+        """One forward of live rows and what follows from it: one event per row. Finished rows leave the batch.
+
+        Args:
+            chosen: int64 indices of the rows that take part, none of them or all before their first forward; default all.
+            ending: request → stop reason: rows for which this is the last forward. All that is masked in the window is
+                decided by it, as well as the model can.
+        """
+        if chosen is None and self.state.notes and not bool(self.state.forwards.all()):
+            chosen = torch.arange(self.state.rows)  # none of them has notes yet, whatever those before them had
+        state = self.state if chosen is None else self.state.some(chosen)
+        use = self.policies
         use.length.before(state)
         plan = use.length.extend(use.selector.extend(use.kv.plan(state), state), state)
-        view = self.executor(plan, state)
+        view = self.executor(plan, state, chosen)
         action = use.selector.select(view, use.scorer(view))
         assert bool((action.commit.any(1) | ~view.eligible.any(1)).all()), "every row with an eligible mask makes progress"
         assert not bool((action.commit & ~view.eligible).any()), "only eligible columns are committed"
         action = use.length.adjust(action, view)
+        last = torch.tensor([(ending or {}).get(request, LIVE) for request in state.request.tolist()], dtype=torch.int64)
+        if bool(last.any()):
+            action = action.filling(view, last != LIVE)
         action.apply(view)
         state.count_forward(self.executor.computed)
         use.selector.observe(view, action)
         use.kv.observe(view, action)
         use.length.after(state)
+        for reason in set(last.tolist()) - {LIVE}:
+            state.finish((last == reason) & (state.stop == LIVE), reason)
         made = events(state, view, action, self.special)
+        if chosen is not None:
+            self.state.put(chosen, state)
         self._retire()
         return made
+
+    def end(self, reasons: Mapping[int, int]) -> list[Generation]:
+        """End live rows at once (request → stop reason), with the answers that they have so far, in their order."""
+        rows = {request: row for row, request in enumerate(self.state.request.tolist())}
+        for request, reason in reasons.items():
+            self.state.finish(torch.arange(self.state.rows) == rows[request], reason)
+        answers = [generation(self.state, rows[request], self.special) for request in reasons]
+        self._retire()
+        return answers
 
     def __iter__(self) -> Iterator[Event]:
         """All events until every row is done."""
@@ -89,10 +163,13 @@ class DecodeLoop:
             yield from self.step()
 
     def _retire(self) -> None:
+        """Forget finished rows; the last live ones take their places, so that few keys and values are moved."""
         live = (self.state.stop == LIVE).nonzero()[:, 0]
         if len(live) < self.state.rows:
-            self.executor.keep(live)
-            self.state.keep(live)
+            order = torch.arange(len(live))
+            order[self.state.stop[: len(live)] != LIVE] = live[live >= len(live)]
+            self.executor.keep(order)
+            self.state.keep(order)
 
 
 def decode(
@@ -103,8 +180,8 @@ def decode(
     requests: Sequence[int] | None = None,
 ) -> list[Generation]:
     """The answers to token-id prompts, in their order; see `DecodeLoop` for the arguments."""
-    loop = DecodeLoop(model, special, config, prompts, requests)
-    order = loop.state.request.tolist()
+    order = list(range(len(prompts)) if requests is None else requests)
+    loop = DecodeLoop(model, special, config, prompts, order)
     results = {event.request: event.result for event in loop if event.result is not None}
     return [results[request] for request in order]
 
@@ -115,10 +192,13 @@ def check_requests(requests: Sequence[int], prompts: int) -> None:
         raise ValueError(f"requests={list(requests)} must be {prompts} different numbers, one for each prompt.")
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], model: LLaDAModelLM, config: GenerationConfig) -> None:
+def check_prompts(
+    prompts: Sequence[Sequence[int]], requests: Sequence[int], model: LLaDAModelLM, config: GenerationConfig
+) -> None:
+    """Raises ValueError for a prompt (by its number) with ids that the model does not have, or too long for the model."""
     vocabulary, context = model.config.embedding_rows, model.config.max_sequence_length
     fixed = config.canvas == "fixed"
-    for number, ids in enumerate(prompts):
+    for number, ids in zip(requests, prompts, strict=True):
         odd = next((i for i in ids if not 0 <= i < vocabulary), None)
         if odd is not None:
             raise ValueError(f"prompt {number} holds the id {odd}, but the model has the ids 0..{vocabulary - 1}.")

@@ -8,13 +8,17 @@ Legend: B rows, C capacity (canvas positions of the longest possible row).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-LIVE, EOS, LENGTH = 0, 1, 2
-STOP_REASONS = {EOS: "eos", LENGTH: "length"}
+LIVE, EOS, LENGTH, STOP_STRING, FORWARDS, DEADLINE, CANCELLED = range(7)
+STOP_REASONS = {
+    EOS: "eos", LENGTH: "length", STOP_STRING: "stop_string", FORWARDS: "forwards", DEADLINE: "deadline",
+    CANCELLED: "cancelled",
+}  # fmt: skip
 NEVER = -1
 
 
@@ -37,7 +41,7 @@ class DecodeState:
         computed: int64 [B], positions computed, summed over forwards.
         stored: int64 [B], leading positions whose keys and values are in the store.
         closed: int64 [B], the position from which on nothing is decided any more (C: none).
-        stop: int64 [B], LIVE, EOS or LENGTH.
+        stop: int64 [B], LIVE or a key of `STOP_REASONS`.
         notes: further [B, ...] tensors of policies, by name: they follow the rows. Those of shape [B, C] also follow
             insertions.
     """
@@ -65,13 +69,22 @@ class DecodeState:
 
     @classmethod
     def begin(
-        cls, prompts: Sequence[Sequence[int]], requests: Sequence[int], mask: int, response_limit: int, context: int
+        cls,
+        prompts: Sequence[Sequence[int]],
+        requests: Sequence[int],
+        mask: int,
+        response_limit: int | Sequence[int],
+        context: int,
+        capacity: int | None = None,
     ) -> "DecodeState":
-        """Rows of prompt tokens with room for `response_limit` more each, as far as the model's context reaches."""
+        """Rows of prompt tokens with room for `response_limit` more each, as far as the model's context reaches.
+
+        The limit is one for all rows or one for each; `capacity` is C, by default as little as these rows need.
+        """
         rows = len(prompts)
         prompt = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
-        limit = (prompt + response_limit).clamp(max=context)
-        capacity = max(limit.tolist(), default=0)
+        limit = (prompt + torch.tensor(response_limit)).clamp(max=context)
+        capacity = max(limit.tolist(), default=0) if capacity is None else capacity
         tokens = torch.full((rows, capacity), mask)
         for row, ids in enumerate(prompts):
             tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
@@ -186,6 +199,29 @@ class DecodeState:
         """Keep only the given rows (int64 indices, in their new order)."""
         for holder, name, array in self._arrays():
             holder[name] = array[rows.to(array.device)]
+
+    def some(self, rows: Tensor) -> "DecodeState":
+        """A copy of the given rows (int64 indices): all of them before their first forward, or none."""
+        fresh = not bool(self.forwards[rows].any())
+        own: dict[str, Any] = {name: array[rows] for name, array in vars(self).items() if isinstance(array, Tensor)}
+        return replace(self, **own, notes={} if fresh else {name: a[rows.to(a.device)] for name, a in self.notes.items()})
+
+    def put(self, rows: Tensor, part: "DecodeState") -> None:
+        """Write rows that `some` gave out back to their places."""
+        for holder, name, array in part._arrays():
+            mine: dict[str, Tensor] = vars(self) if holder is vars(part) else self.notes
+            if name not in mine:
+                mine[name] = array.new_zeros(self.rows, *array.shape[1:])  # rows without a forward do not read it
+            # Arrays [B] are replaced, never written: an earlier copy may still be read.
+            mine[name] = mine[name].index_copy(0, rows.to(array.device), array)
+
+    def extend(self, others: "DecodeState") -> None:
+        """Take further rows in, behind the others; all before their first forward, and of the same capacity."""
+        for name, array in vars(others).items():
+            if isinstance(array, Tensor):
+                setattr(self, name, torch.cat((getattr(self, name), array)))
+        for name, note in self.notes.items():
+            self.notes[name] = torch.cat((note, note.new_zeros(others.rows, *note.shape[1:])))
 
     def _arrays(self) -> list[tuple[dict[str, Tensor], str, Tensor]]:
         """Every per-row tensor with the dictionary and the name that hold it."""

@@ -124,6 +124,17 @@ class Action:
     insert_at: Tensor | None = None
     insert_count: Tensor | None = None
 
+    def filling(self, view: StepView, rows: Tensor) -> "Action":
+        """The action with every eligible column of the given rows (bool [B]) committed, and nothing of theirs taken back."""
+        others = ~rows[:, None]
+        return Action(
+            commit=self.commit | (view.eligible & rows[:, None]),
+            remask=None if self.remask is None else self.remask & others,
+            replace=None if self.replace is None else self.replace & others,
+            insert_at=None if self.insert_at is None else self.insert_at.masked_fill(rows, -1),
+            insert_count=self.insert_count,
+        )
+
     def apply(self, view: StepView) -> None:
         """Change the rows of the view: first take tokens back, then commit and replace, then widen masks."""
         state = view.state

@@ -26,6 +26,7 @@ class Placement:
     start: int | None  # first column when all rows write the same contiguous run, else None
     width: int  # keys 0..width-1 take part in this call
     visible: Tensor | None  # [B, width] bool; None when every key is visible
+    rows: Tensor | None = None  # [B] int64, the rows of the store, on its device; None: all of them, in order
 
 
 class KVStore:
@@ -37,6 +38,7 @@ class KVStore:
         capacity: C, stored slots per row. A slot is the token's absolute position unless a policy says otherwise.
         scratch: the largest number of slot −1 tokens of a row in one call.
         dtype: of keys and values. device: where they live.
+        room: how many sequences may be held at a time (`admit`); default `rows`.
 
     A store is for inference: what it hands out carries no gradient to earlier calls or to this call's keys and values.
 
@@ -45,10 +47,18 @@ class KVStore:
     """
 
     def __init__(
-        self, config: LLaDAConfig, rows: int, capacity: int, scratch: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: LLaDAConfig,
+        rows: int,
+        capacity: int,
+        scratch: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        room: int | None = None,
     ) -> None:
         self.capacity, self.scratch = capacity, scratch
-        shape = (rows, config.num_key_value_heads, capacity + scratch + 1, config.head_dim)  # +1: a column for pads
+        self.room = rows if room is None else room
+        shape = (self.room, config.num_key_value_heads, capacity + scratch + 1, config.head_dim)  # +1: a column for pads
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.stamp = torch.full((rows, capacity), EMPTY, dtype=torch.int32)
@@ -62,13 +72,14 @@ class KVStore:
         """Bytes of the key and value buffers."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
-    def place(self, slots: Tensor, real: Tensor | None, step: int) -> Placement:
+    def place(self, slots: Tensor, real: Tensor | None, step: int, chosen: Tensor | None = None) -> Placement:
         """Reserve columns for the tokens of one call and stamp those that will be stored.
 
         Args:
             slots: int64 [B, n] on the host; the slot of each token, −1 for a token that is only visible to this call.
             real: bool [B, n] on the host; False marks padding, which is neither stored nor seen. None: no padding.
             step: stamped on the stored slots; 0 or more.
+            chosen: int64 [B] on the host, the rows that take part, all different; None: every row.
 
         The keys of a call are ordered: column c is slot c up to the highest slot filled in any row (this call's
         included), then each row's passing tokens in the order they were given. A `query_mask` counts them so.
@@ -80,8 +91,9 @@ class KVStore:
         rows, n = slots.shape
         if step < 0:
             raise ValueError(f"step={step} must be 0 or more (−1 stands for an empty slot).")
-        if rows != self.rows:
-            raise ValueError(f"slots has {rows} rows, the key/value store holds {self.rows}.")
+        held = self.rows if chosen is None else len(chosen)
+        if rows != held:
+            raise ValueError(f"slots has {rows} rows, the key/value store holds {held}.")
         if n and (int(slots.max()) >= self.capacity or int(slots.min()) < EMPTY):
             raise ValueError(f"slots must lie in −1..{self.capacity - 1}, got {int(slots.min())}..{int(slots.max())}.")
         real = torch.ones_like(slots, dtype=torch.bool) if real is None else real
@@ -96,15 +108,17 @@ class KVStore:
         if parked > self.scratch:
             raise ValueError(f"{parked} passing tokens in one call, but the store was made with scratch={self.scratch}.")
 
-        self.stamp[row[kept], slots[kept]] = step
-        filled = (self.stamp != EMPTY).any(dim=0).nonzero()
+        where = row if chosen is None else chosen[row]
+        self.stamp[where[kept], slots[kept]] = step
+        stamp = self.stamp if chosen is None else self.stamp[chosen]
+        filled = (stamp != EMPTY).any(dim=0).nonzero()
         extent = int(filled[-1]) + 1 if len(filled) else 0
         trash = self.capacity + self.scratch
         columns = torch.where(kept, slots, torch.where(passing, extent + rank, trash))
         width = extent + parked
 
         seen = torch.zeros(rows, width, dtype=torch.bool)
-        seen[:, :extent] = self.stamp[:, :extent] != EMPTY
+        seen[:, :extent] = stamp[:, :extent] != EMPTY
         seen[row[passing], columns[passing]] = True
         device = self.keys[0].device
         first = int(columns[0, 0]) if n else 0
@@ -114,6 +128,7 @@ class KVStore:
             start=first if contiguous else None,
             width=width,
             visible=None if bool(seen.all()) else seen.to(device, non_blocking=True),
+            rows=None if chosen is None else chosen.to(device, non_blocking=True),
         )
 
     def exchange(self, layer: int, key: Tensor, value: Tensor, at: Placement) -> tuple[Tensor, Tensor]:
@@ -121,17 +136,54 @@ class KVStore:
 
         They come back in the dtype of the call, whatever the store keeps.
         """
+        seen = []
         for buffer, fresh in ((self.keys[layer], key.detach()), (self.values[layer], value.detach())):
+            held = slice(self.rows) if at.rows is None else at.rows
             if at.start is not None:
-                buffer[:, :, at.start : at.start + fresh.shape[2]] = fresh
+                buffer[held, :, at.start : at.start + fresh.shape[2]] = fresh.to(buffer.dtype)
             else:
-                row = torch.arange(fresh.shape[0], device=fresh.device)[:, None]
-                buffer[row, :, at.columns] = fresh.transpose(1, 2).to(buffer.dtype)
-        return self.keys[layer][:, :, : at.width].to(key.dtype), self.values[layer][:, :, : at.width].to(value.dtype)
+                row = torch.arange(self.rows, device=fresh.device) if at.rows is None else at.rows
+                buffer[row[:, None], :, at.columns] = fresh.transpose(1, 2).to(buffer.dtype)
+            seen.append(buffer[held, :, : at.width].to(fresh.dtype))
+        return seen[0], seen[1]
+
+    def admit(self, rows: int) -> None:
+        """Take further rows in, behind those that are held; their slots are empty.
+
+        Raises:
+            ValueError: there is no room for them.
+        """
+        if self.rows + rows > self.room:
+            raise ValueError(
+                f"the key/value store holds {self.rows} rows and has room for {self.room}, not for {rows} more."
+            )
+        self.stamp = torch.cat((self.stamp, torch.full((rows, self.capacity), EMPTY, dtype=torch.int32)))
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only the given rows (int64 indices, in their new order); the others are forgotten."""
-        self.stamp = self.stamp[rows.cpu()]
-        rows = rows.to(self.keys[0].device)
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
+        """Keep only the given rows (int64 indices, in their new order). What changes place is moved."""
+        rows = rows.cpu()
+        self.stamp = self.stamp[rows]
+        moved = (rows != torch.arange(len(rows))).nonzero()[:, 0]
+        source, target = (index.to(self.keys[0].device) for index in (rows[moved], moved))
+        for buffer in (*self.keys, *self.values) if len(moved) else ():
+            buffer[target] = buffer[source]
+
+    def some(self, rows: Tensor) -> "KVRows":
+        """The given rows (int64 [B] on the host, all different) as a store of their own, for one call of the model."""
+        return KVRows(self, rows)
+
+
+@dataclass(frozen=True)
+class KVRows:
+    """Some rows of a store; a call writes through to it."""
+
+    store: KVStore
+    chosen: Tensor
+
+    def place(self, slots: Tensor, real: Tensor | None, step: int) -> Placement:
+        """See `KVStore.place`."""
+        return self.store.place(slots, real, step, self.chosen)
+
+    def exchange(self, layer: int, key: Tensor, value: Tensor, at: Placement) -> tuple[Tensor, Tensor]:
+        """See `KVStore.exchange`."""
+        return self.store.exchange(layer, key, value, at)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from dllm_var.model.config import LLaDAConfig
-from dllm_var.model.kv_store import KVStore, Placement
+from dllm_var.model.kv_store import KVRows, KVStore, Placement
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -95,7 +95,7 @@ class LLaDABlock(nn.Module):
         h: Tensor,
         table: Rotation,
         mask: Tensor | None,
-        kv: KVStore | None,
+        kv: KVStore | KVRows | None,
         at: Placement | None,
         want_attention: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -158,7 +158,7 @@ class LLaDAModel(nn.Module):
         input_ids: Tensor,
         positions: Tensor,
         mask: Tensor | None,
-        kv: KVStore | None,
+        kv: KVStore | KVRows | None,
         at: Placement | None,
         want_attention: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
@@ -225,7 +225,7 @@ class LLaDAModelLM(PreTrainedModel):  # type: ignore[no-untyped-call]
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
-        kv: KVStore | None = None,
+        kv: KVStore | KVRows | None = None,
         slots: Tensor | None = None,
         query_mask: Tensor | None = None,
         logits_for: Tensor | None = None,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_var.model.kv_store import KVStore
+from dllm_var.model.kv_store import KVRows, KVStore
 from dllm_var.model.llada import LLaDAModelLM
 
 
@@ -21,10 +21,10 @@ def make_store(make_model: Callable[..., LLaDAModelLM]) -> Callable[..., KVStore
     return build
 
 
-def _write(kv: KVStore, slots: list[list[int]], marks: list[list[float]], step: int = 0, real: Any = None) -> list[Any]:
+def _write(kv: KVStore | KVRows, slots: list[list[int]], marks: list[list[float]], step: int = 0, real: Any = None) -> list[Any]:
     """Write keys that are all equal to their mark; return per row the marks that a query sees, in column order."""
-    mark = torch.tensor(marks)
-    key = mark[:, None, :, None].expand(-1, kv.keys[0].shape[1], -1, kv.keys[0].shape[3])
+    mark, buffer = torch.tensor(marks), (kv.store if isinstance(kv, KVRows) else kv).keys[0]
+    key = mark[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
     at = kv.place(torch.tensor(slots), None if real is None else torch.tensor(real), step)
     keys, values = kv.exchange(0, key, -key, at)
     assert torch.equal(values, -keys)
@@ -88,9 +88,29 @@ def test_kept_rows_keep_their_entries_in_the_new_order(make_store: Callable[...,
     size = kv.nbytes()
     kv.keep(torch.tensor([2, 0]))
     assert kv.rows == 2
-    assert kv.nbytes() == size * 2 // 3
     assert kv.stamp[:, :3].tolist() == [[-1, -1, 4], [4, -1, -1]]
     assert _write(kv, [[3], [3]], [[30], [10]]) == [[3, 30], [1, 10]]
+    assert kv.nbytes() == size  # nothing is allocated again
+
+
+def test_rows_that_join_find_empty_slots_and_room_is_bounded(make_store: Callable[..., KVStore]) -> None:
+    kv = make_store(rows=3)
+    _write(kv, [[0], [1], [2]], [[1], [2], [3]])
+    kv.keep(torch.tensor([1]))
+    kv.admit(2)
+    assert kv.stamp[1:].eq(-1).all()
+    assert _write(kv, [[0], [0], [0]], [[9], [8], [7]]) == [[9, 2], [8], [7]]
+    with pytest.raises(ValueError, match="holds 3 rows and has room for 3, not for 1 more"):
+        kv.admit(1)
+
+
+def test_a_call_of_some_rows_reads_and_writes_those_alone(make_store: Callable[..., KVStore]) -> None:
+    kv = make_store(rows=3)
+    _write(kv, [[0], [1], [2]], [[1], [2], [3]])
+    assert _write(kv.some(torch.tensor([2, 0])), [[3], [-1]], [[30], [90]]) == [[3, 30], [1, 90]]
+    assert _write(kv, [[4], [4], [4]], [[5], [6], [7]]) == [[1, 5], [2, 6], [3, 30, 7]]
+    with pytest.raises(ValueError, match="slots has 1 rows, the key/value store holds 2"):
+        kv.some(torch.tensor([2, 0])).place(torch.tensor([[0]]), None, 0)
 
 
 def test_a_store_of_another_dtype_answers_in_the_dtype_of_the_call(make_store: Callable[..., KVStore]) -> None:

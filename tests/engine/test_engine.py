@@ -1,0 +1,284 @@
+"""The engine: requests that come and go get the very answers that they would get alone."""
+
+import queue
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dllm_var import Generation, GenerationConfig, Pretrained, generate, load_pretrained
+from dllm_var.decoding.loop import decode
+from dllm_var.engine import Engine
+from dllm_var.text.special_tokens import SpecialTokens
+from tests.conftest import byte_tokenizer
+
+CONFIG = GenerationConfig(block_length=8, max_gen_length=24, threshold=0.6)
+WAYS = [
+    {"block_length": 8, "max_gen_length": 24, "threshold": 0.6},
+    {"block_length": 8, "max_gen_length": 16, "threshold": 0.6, "early_stop": False},
+    {"block_length": 8, "max_gen_length": 24, "kl_threshold": 0.05, "threshold": 0.4},
+    {"block_length": 8, "max_gen_length": 24, "wide_in_thres": 0.4},
+    {"block_length": 4, "max_gen_length": 12, "temperature": 0.8, "seed": 5, "threshold": 0.5},
+    {"block_length": 8, "max_gen_length": 24, "cache": "none", "threshold": 0.5},
+    {"block_length": 8, "max_gen_length": 16, "threshold": 0.6, "cfg_scale": 0.5},
+    {"method": "vanilla", "gen_length": 16, "block_length": 8, "threshold": 0.6, "cache": "prefix", "use_dual": True},
+    {"method": "vanilla", "gen_length": 16, "block_length": 8, "threshold": 0.6, "cache": "dllm"},
+    {"method": "vanilla", "gen_length": 16, "block_length": 8, "threshold": 0.6, "cache": "d2cache", "current_k": 8},
+    {"method": "daedal", "initial_gen_length": 8, "max_gen_length": 24, "block_length": 8},
+]
+
+
+@pytest.fixture(scope="module")
+def chat(chat_folder: Path) -> Pretrained:
+    return load_pretrained(chat_folder)
+
+
+@pytest.fixture(scope="module")
+def talker(recorded: Pretrained) -> Pretrained:
+    """The recorded checkpoint with stop tokens that it never says, so that answers are as long as they may be."""
+    return Pretrained(recorded.model, byte_tokenizer(), SpecialTokens(mask=270, eos=268, pad=268, eot=269, bos=258))
+
+
+def _prompt(draw: random.Random) -> list[int]:
+    return [draw.randrange(97, 123) for _ in range(draw.choice([1, 3, 3, 9, 30]))]
+
+
+def _alone(model: Pretrained, ids: list[int], config: GenerationConfig, number: int) -> Generation:
+    return decode(model.model, model.special, config, [ids], [number])[0]
+
+
+def _counts(answer: Generation) -> tuple[Any, ...]:
+    return answer.raw, answer.tokens, answer.stop_reason, answer.forwards, answer.positions, answer.steps, answer.blocks
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_arrivals_lengths_and_cancellations_change_no_token(recorded64: Pretrained, seed: int) -> None:
+    draw = random.Random(seed)
+    engine = Engine(recorded64, max_rows=5, max_length=64)
+    expected, answers, cancelled, open_ = {}, {}, set(), []
+    for _ in range(400):
+        if len(expected) < 24 and draw.random() < 0.5:
+            ids, config = _prompt(draw), GenerationConfig(block_length=8, max_gen_length=draw.randint(1, 30), threshold=0.6)
+            number = engine.submit(ids, config)
+            expected[number] = ids, config
+            open_.append(number)
+        if open_ and draw.random() < 0.05:
+            number = open_.pop(draw.randrange(len(open_)))
+            assert engine.cancel(number).stop_reason == "cancelled"
+            cancelled.add(number)
+        for event in engine.step():
+            if event.result is not None:
+                answers[event.request] = event.result
+                open_.remove(event.request)
+        if len(expected) == 24 and engine.idle:
+            break
+    assert len(expected) == 24
+    assert cancelled
+    assert set(answers) | cancelled == set(expected)
+    assert not set(answers) & cancelled
+    for number, answer in answers.items():
+        assert _counts(answer) == _counts(_alone(recorded64, *expected[number], number))
+
+
+def test_every_way_of_decoding_is_served_beside_the_others(recorded64: Pretrained) -> None:
+    draw = random.Random(3)
+    engine = Engine(recorded64, max_rows=3, max_length=64, memory=10**7)
+    asked = {}
+    for way in WAYS * 2:
+        ids, config = _prompt(draw), GenerationConfig(**way)
+        asked[engine.submit(ids, config)] = ids, config
+    answers = engine.run()
+    assert set(answers) == set(asked)
+    for number, (ids, config) in asked.items():
+        assert _counts(answers[number]) == _counts(_alone(recorded64, ids, config, number)), config
+
+
+def test_requests_that_join_late_meet_notes_of_earlier_rows_and_keep_their_own(recorded64: Pretrained) -> None:
+    config = GenerationConfig(block_length=8, max_gen_length=24, kl_threshold=0.05, threshold=0.4)
+    engine = Engine(recorded64, max_rows=3, max_length=64)
+    asked, answers = {}, {}
+    for ids in ([97], [98, 99, 100], [101] * 9, [102, 103], [104]):
+        asked[engine.submit(ids, config)] = ids
+        for _ in range(3):
+            answers |= {event.request: event.result for event in engine.step() if event.result}
+    answers |= engine.run()
+    for number, ids in asked.items():
+        assert _counts(answers[number]) == _counts(_alone(recorded64, ids, config, number))
+
+
+def test_hardly_any_column_is_padding(recorded: Pretrained) -> None:
+    draw = random.Random(0)
+    engine = Engine(recorded, max_rows=16, max_length=128)
+    for _ in range(64):
+        engine.submit(_prompt(draw), GenerationConfig(block_length=8, max_gen_length=draw.randint(1, 60), threshold=0.6))
+    engine.run()
+    assert engine.columns > 0
+    assert engine.padding / engine.columns <= 0.05
+
+
+def test_a_finished_row_frees_its_place_at_once(talker: Pretrained) -> None:
+    engine = Engine(talker, max_rows=2, max_length=64)
+    short, long, third = (
+        engine.submit([97], GenerationConfig(block_length=8, max_gen_length=n, threshold=2, early_stop=False))
+        for n in (1, 16, 16)
+    )
+    seen: dict[int, int] = {}
+    while not engine.idle:
+        live = {event.request for event in engine.step()}
+        for number in live:
+            seen.setdefault(number, engine.forwards)
+        assert engine.live <= 2
+    assert seen[third] < seen[long] + 16  # it did not wait for the long one
+    assert short in seen
+
+
+def test_first_come_first_served(recorded: Pretrained) -> None:
+    engine = Engine(recorded, max_rows=1, max_length=64)
+    numbers = [engine.submit([97 + i], CONFIG) for i in range(4)]
+    assert list(engine.run()) == numbers
+
+
+def test_memory_bounds_the_rows_and_is_given_back(talker: Pretrained) -> None:
+    slow = GenerationConfig(block_length=8, max_gen_length=24, threshold=2, early_stop=False)
+    probe = Engine(talker, max_rows=1, max_length=64)
+    probe.submit([97], slow)
+    probe.run()
+    assert probe.memory is not None
+    engine = Engine(talker, max_rows=16, max_length=64, memory=3 * probe.memory)
+    for i in range(8):
+        engine.submit([97 + i], slow)
+    most = 0
+    while not engine.idle:
+        engine.step()
+        most = max(most, engine.live)
+        stores = [lane.loop.executor.store for lane in engine.lanes.values()]
+        assert sum(store.nbytes() for store in stores if store is not None) <= engine.memory
+    assert most == 3
+    assert all(not lane.requests and lane.loop.state.rows == 0 for lane in engine.lanes.values())
+    with pytest.raises(ValueError, match="memory=10 bytes cannot hold a request"):
+        Engine(talker, memory=10).submit([97], slow)
+
+
+def test_a_forward_budget_ends_with_a_full_block_and_says_so(talker: Pretrained) -> None:
+    slow = GenerationConfig(block_length=8, max_gen_length=24, threshold=2, early_stop=False)
+    engine = Engine(talker, max_length=64)
+    number = engine.submit([97, 98], slow, forwards=3)
+    answer = engine.run()[number]
+    assert (answer.stop_reason, answer.forwards, len(answer.raw)) == ("forwards", 3, 8)
+    assert answer.steps.count(2) == 6  # the last forward decided all that was left
+    assert talker.special.mask not in answer.raw
+
+
+def test_a_deadline_ends_an_answer_in_time_and_what_waits_too_long_is_told(talker: Pretrained) -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.5  # every look takes half a second
+        return now[0]
+
+    slow = GenerationConfig(block_length=16, max_gen_length=48, threshold=2, early_stop=False)
+    engine = Engine(talker, max_rows=1, max_length=64, clock=clock)
+    first, second = engine.submit([97], slow, seconds=20), engine.submit([98], slow, seconds=3)
+    answers = engine.run()
+    assert answers[first].stop_reason == "deadline"
+    assert 1 < answers[first].forwards < 20
+    assert (answers[second].stop_reason, answers[second].forwards, answers[second].tokens) == ("deadline", 0, [])
+
+
+def test_a_stop_string_ends_an_answer_before_it(talker: Pretrained) -> None:
+    config = GenerationConfig(block_length=8, max_gen_length=24, threshold=2)
+    whole = generate(talker, [list(b"seq 1 9")], config)[0]
+    assert whole.text is not None
+    stop = whole.text[6:8]
+    engine = Engine(talker, max_length=128)
+    number = engine.submit(list(b"seq 1 9"), config, stop=["never said", stop])
+    answer = engine.run()[number]
+    assert answer.stop_reason == "stop_string"
+    assert answer.text == whole.text[: whole.text.index(stop)]
+    assert answer.forwards < whole.forwards
+
+
+def test_cancelling_gives_what_there_is_and_frees_the_row(talker: Pretrained) -> None:
+    slow = GenerationConfig(block_length=8, max_gen_length=24, threshold=2, early_stop=False)
+    engine = Engine(talker, max_rows=1, max_length=64)
+    first, second = engine.submit([97], slow), engine.submit([98], slow)
+    for _ in range(4):
+        engine.step()
+    assert engine.cancel(first).forwards == 4
+    assert engine.cancel(second).forwards == 0  # it waited still
+    assert engine.idle
+    assert engine.step() == []
+    with pytest.raises(ValueError, match="request 0 is not in the engine"):
+        engine.cancel(first)
+
+
+def test_the_queue_is_bounded(recorded: Pretrained) -> None:
+    engine = Engine(recorded, queue_size=2)
+    engine.submit([97], CONFIG)
+    engine.submit([97], CONFIG)
+    with pytest.raises(queue.Full, match="2 requests are waiting already"):
+        engine.submit([97], CONFIG)
+
+
+def test_a_load_rule_changes_the_block_under_load_only(talker: Pretrained) -> None:
+    config = GenerationConfig(block_length=8, max_gen_length=16, threshold=2, early_stop=False)
+    engine = Engine(talker, max_length=64, load=lambda live: {"block_length": 4} if live > 1 else {})
+    for ids in ([97], [98]):
+        engine.submit(ids, config)
+    crowded = engine.run()
+    alone = engine.submit([99], config)
+    assert [max(answer.blocks) for answer in crowded.values()] == [3, 3]
+    assert max(engine.run()[alone].blocks) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"max_rows": 0}, "max_rows=0 must be 1 or more"),
+        ({"queue_size": 0}, "queue_size=0 must be 1 or more"),
+        ({"max_length": 10**6}, "max_length=1000000 is beyond the model's context"),
+    ],
+)
+def test_an_engine_that_could_not_work_is_refused(recorded: Pretrained, options: dict[str, int], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Engine(recorded, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"stop": "x"}, r"stop='x' must be a list of texts"),
+        ({"stop": [""]}, r"stop=\[''\] must be a list"),
+        ({"forwards": 0}, "forwards=0 must be above 0"),
+        ({"seconds": -1.0}, r"seconds=-1\.0 must be above 0"),
+        ({"request": 0}, "request=0 is in the engine already"),
+        ({"prompt": [97] * 10**4}, "prompt 1 has 10000 tokens: an answer of one token needs 10001 positions"),
+        ({"prompt": [10**6]}, "prompt 1 holds the id 1000000"),
+        ({"config": GenerationConfig(max_gen_length=100)}, r"take 101 positions, above max_length=64"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused(chat: Pretrained, options: dict[str, Any], told: str) -> None:
+    engine = Engine(chat, max_length=64)
+    engine.submit([97], CONFIG)
+    with pytest.raises(ValueError, match=told):
+        engine.submit(options.pop("prompt", [97]), options.pop("config", CONFIG), **options)
+
+
+def test_no_slot_is_lost_over_hundreds_of_requests(recorded: Pretrained) -> None:
+    draw = random.Random(1)
+    engine = Engine(recorded, max_rows=8, max_length=64)
+    done = 0
+    for _ in range(300):
+        engine.submit(_prompt(draw), GenerationConfig(block_length=8, max_gen_length=draw.randint(1, 16), threshold=0.3))
+        done += sum(event.result is not None for event in engine.step())
+        if draw.random() < 0.1 and engine.live:
+            engine.cancel(draw.choice([n for lane in engine.lanes.values() for n in lane.requests]))
+            done += 1
+    assert done + len(engine.run()) == 300
+    (lane,) = engine.lanes.values()
+    store = lane.loop.executor.store
+    assert store is not None
+    assert (store.rows, lane.loop.state.rows, engine.live, len(engine.waiting)) == (0, 0, 0, 0)
+    assert torch.is_tensor(store.keys[0])
