@@ -296,8 +296,8 @@ class Engine:
         shape = self.model.model.config
         cells = {"none": 0, "dllm": self.max_length}.get(config.cache, self.max_length + 2 * config.block_length + 1)
         kept = 2 * shape.num_key_value_heads * shape.head_dim + (2 * shape.d_model if config.cache == "dllm" else 0)
-        size: int = self.model.model.dtype.itemsize * (2 if config.cfg_scale else 1)
-        return shape.n_layers * cells * kept * size
+        each = self.model.model.dtype.itemsize * (2 if config.cfg_scale else 1)
+        return int(shape.n_layers * cells * kept * each)
 
     def _watch(self, lane: Lane, event: Event) -> Event:
         """Look for stop strings in what is settled; finish what is done."""

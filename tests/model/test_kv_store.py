@@ -21,7 +21,9 @@ def make_store(make_model: Callable[..., LLaDAModelLM]) -> Callable[..., KVStore
     return build
 
 
-def _write(kv: KVStore | KVRows, slots: list[list[int]], marks: list[list[float]], step: int = 0, real: Any = None) -> list[Any]:
+def _write(
+    kv: KVStore | KVRows, slots: list[list[int]], marks: list[list[float]], step: int = 0, real: Any = None
+) -> list[Any]:
     """Write keys that are all equal to their mark; return per row the marks that a query sees, in column order."""
     mark, buffer = torch.tensor(marks), (kv.store if isinstance(kv, KVRows) else kv).keys[0]
     key = mark[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
