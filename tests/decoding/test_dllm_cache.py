@@ -31,7 +31,9 @@ def _config(cache: str = "dllm", **options: Any) -> GenerationConfig:
 class Slow(FeatureExecutor):
     """Each row by itself: every layer computes every position from the stream, and takes over what is to be renewed."""
 
-    def _forward(self, plan: Plan, state: DecodeState, ids: Tensor, positions: Tensor, project: Projection) -> Outcome:
+    def _forward(
+        self, plan: Plan, state: DecodeState, ids: Tensor, positions: Tensor, project: Projection, kv: Any
+    ) -> Outcome:
         self.computed = torch.zeros_like(state.forwards)
         hidden = []
         for row in range(len(ids)):
