@@ -151,11 +151,7 @@ def lead(config: EvalConfig, team: Team) -> None:
         model = open_model(config, at)
         team.bring_together(None)
         facts |= environment(model, team)
-        decides = {
-            name: facts[name]
-            for name in ("model_sha256", "adapter_sha256", "model_files", "dtype", "device_type", "versions")
-        }
-        lm = DiffusionLM(model, config.how(), team, store, decides)
+        lm = DiffusionLM(model, config.how(), team, store, {name: facts[name] for name in DECIDES})
         results = evaluate(
             lm=lm, task_dict=tasks, limit=config.limit, bootstrap_iters=1000, apply_chat_template=config.chat_template,
             fewshot_as_multiturn=False, confirm_run_unsafe_code=config.confirm_run_unsafe_code,

@@ -14,12 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dataset.tiny_corpus import fresh_prompts
+from dataset.tiny_corpus import HELD_OUT_SEED, fresh_prompts
 from evaluation.programs import require_consent
 
 Row = dict[str, Any]
 
-TINY_SEED = 20_000  # training draws with small seeds; the held-out part is disjoint whatever the seed
 TINY_PROBLEMS = 500  # of each kind
 MBPP_TEST = range(11, 511)  # task ids of its test split
 
@@ -255,7 +254,7 @@ def _documents(name: str, rows: dict[str, list[Row]], config: dict[str, Any]) ->
     from datasets import Dataset, DatasetDict
 
     if name == "tiny":
-        problems = fresh_prompts(config["dataset_name"], TINY_SEED, TINY_PROBLEMS)
+        problems = fresh_prompts(config["dataset_name"], HELD_OUT_SEED, TINY_PROBLEMS)
         splits = {"test": [{"instruction": problem.instruction, "output": problem.output} for problem in problems]}
     elif SUBTASK in TASK_NAMES[name].files.values():
         splits = {"test": rows.get(config["dataset_name"], [])}

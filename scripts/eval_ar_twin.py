@@ -18,13 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dataset.tiny_corpus import TASKS, fresh_prompts
+from dataset.tiny_corpus import HELD_OUT_SEED, TASKS, fresh_prompts
 from dllm_var import load_pretrained
 from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.text.chat import decode_text, render_prompt
 from dllm_var.text.special_tokens import SpecialTokens
 
-HELD_OUT_SEED = 20_000  # the problems of scripts/eval_tiny.py
 # Our tensor names → those of transformers' Llama, which rotates by halves too.
 LLAMA_NAMES = {
     "model.transformer.wte": "model.embed_tokens", "model.transformer.ln_f": "model.norm",

@@ -18,10 +18,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import dllm_var
-from dataset.tiny_corpus import TASKS, Problem, fresh_prompts
+from dataset.tiny_corpus import HELD_OUT_SEED, TASKS, Problem, fresh_prompts
 from dllm_var import Generation, GenerationConfig, Pretrained
-
-HELD_OUT_SEED = 20_000  # training draws with small seeds; the held-out part is disjoint whatever the seed
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "block 32": {"block_length": 32, "max_gen_length": 1024, "cache": "block_commit"},

@@ -23,8 +23,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from rich.console import Console
@@ -46,11 +48,11 @@ PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload(["sft_training.sft", "torch.utils.tensorboard", "deepspeed"])
 
 
-def run_sft(arguments: list[str], said: Path, environment: dict[str, str], nan_at: int) -> None:
-    """What a process does: sft_training/sft.py, with its output in a file and, if asked, one loss that is not finite."""
-    out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+def run_sft(arguments: list[str], out: Connection, environment: dict[str, str], nan_at: int) -> None:
+    """What a process does: sft_training/sft.py, with its output in a pipe and, if asked, one loss that is not finite."""
+    os.dup2(out.fileno(), 1)
+    os.dup2(out.fileno(), 2)
+    out.close()
     os.environ.update(environment)
     from sft_training import records, trainer
 
@@ -64,6 +66,13 @@ def run_sft(arguments: list[str], said: Path, environment: dict[str, str], nan_a
     runpy.run_path(str(ROOT / "sft_training" / "sft.py"), run_name="__main__")
 
 
+def write_down(pipe: Connection, file: Path) -> None:
+    """What a process says, into a file; a process whose own files are limited could not write it all."""
+    with pipe, file.open("ab") as log:
+        while said := os.read(pipe.fileno(), 1 << 16):
+            log.write(said)
+
+
 @dataclass
 class Run:
     """One run folder with its own copy of the data, and the processes that are at work in it."""
@@ -74,6 +83,7 @@ class Run:
     ranks: int = 1
     options: tuple[str, ...] = ()
     processes: list[BaseProcess] = field(default_factory=list)
+    scribes: list[Thread] = field(default_factory=list)
 
     @property
     def said(self) -> str:
@@ -96,10 +106,12 @@ class Run:
         for rank in range(self.ranks):
             group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks), "MASTER_PORT": port}
             environment = {**group, "MASTER_ADDR": "127.0.0.1"} if self.ranks > 1 else {}
-            said = self.folder / f"said-{rank}.log"
-            given = arguments, said, environment, nan_at
-            self.processes.append(PROCESSES.Process(target=run_sft, args=given, daemon=True))
+            heard, out = PROCESSES.Pipe(duplex=False)
+            self.processes.append(PROCESSES.Process(target=run_sft, args=(arguments, out, environment, nan_at), daemon=True))
             self.processes[-1].start()
+            out.close()
+            self.scribes.append(Thread(target=write_down, args=(heard, self.folder / f"said-{rank}.log")))
+            self.scribes[-1].start()
 
     def wait(self, seen: Callable[[], object] = lambda: False) -> None:
         """Until something is seen, or the run has ended."""
@@ -119,8 +131,8 @@ class Run:
     def end(self) -> bool:
         """Wait for the end; whether it was the end of a whole run."""
         self.wait()
-        for process in self.processes:
-            process.join()
+        for ended in (*self.processes, *self.scribes):
+            ended.join()
         return all(process.exitcode == 0 for process in self.processes) and (self.folder / "final").is_dir()
 
     def reached(self, step: int) -> Callable[[], bool]:

@@ -159,7 +159,9 @@ COMMANDS: dict[str, Callable[[str, Path], None]] = {
     "python scripts/count_tokens.py --tokenizer tiny --output runs/token_freq.json my_texts/*.jsonl": Run(
         creates="runs/token_freq.json"
     ),
-    "python evaluation/eval.py": Run("limit=1 output_dir=outputs/eval/tiny", creates="outputs/eval/tiny/results.json"),
+    "python evaluation/eval.py limit=20": Run(
+        "limit=1 output_dir=outputs/eval/tiny", creates="outputs/eval/tiny/results.json"
+    ),
     "python evaluation/eval.py dataset.name=gsm8k dataset.path=my_benchmarks limit=2 generation.max_gen_length=32": Run(
         "output_dir=outputs/eval/gsm8k", prints="flexible"
     ),

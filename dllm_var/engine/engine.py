@@ -71,7 +71,7 @@ class Engine:
         model: see `dllm_var.load_pretrained`.
         max_rows: the most requests of one way of decoding that are live at a time.
         max_length: the longest canvas, prompt included; default the model's context.
-        memory: bytes for keys and values; default what `max_rows` rows of the first way of decoding take.
+        memory: bytes for keys and values; default what `max_rows` rows of one way of decoding take at a time.
         queue_size: how many requests may wait.
         prefill_columns: the most columns of prompts in one forward (one prompt always fits).
         load: live rows → options (``block_length``, ``threshold``, …) that replace those of the requests for the next
@@ -278,13 +278,13 @@ class Engine:
         way = _way(config, self.max_length)
         if way in self.lanes:
             return self.lanes[way]
-        each = self._row_bytes(config)
-        if self.memory is None:
-            self.memory = self.max_rows * each
+        each, room = self._row_bytes(config), self.max_rows
         for other in [key for key, lane in self.lanes.items() if not lane.requests]:
             del self.lanes[other]
-        free = self.memory - sum(lane.nbytes for lane in self.lanes.values())
-        room = min(self.max_rows, free // each) if each else self.max_rows
+        if self.memory is None and self.lanes:
+            return None
+        if self.memory is not None and each:
+            room = min(room, (self.memory - sum(lane.nbytes for lane in self.lanes.values())) // each)
         if room < 1:
             return None
         loop = DecodeLoop(self.model.model, self.model.special, way, room=room, capacity=self.max_length)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from evaluation.programs import passes
+from evaluation.programs import check_many, pass_at_k
 
 FENCE = "```"
 
@@ -15,9 +15,14 @@ def before_fence(answers: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]
 
 def score_humaneval(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Whether the prompt with its completion passes the tests. Executes the program."""
-    return {"pass@1": float(passes("humaneval", doc, results[0]).passed)}
+    return _score("humaneval", doc, results)
 
 
 def score_mbpp(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Whether the answer, as it is, passes the tests. Executes the program."""
-    return {"pass@1": float(passes("mbpp", doc, results[0]).passed)}
+    return _score("mbpp", doc, results)
+
+
+def _score(task: str, doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    passed = sum(outcome.passed for outcome in check_many((task, doc, text) for text in results))
+    return {"pass@1": pass_at_k(len(results), passed, 1)}

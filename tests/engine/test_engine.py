@@ -145,8 +145,8 @@ def test_memory_bounds_the_rows_and_is_given_back(talker: Pretrained) -> None:
     probe = Engine(talker, max_rows=1, max_length=64)
     probe.submit([97], slow)
     probe.run()
-    assert probe.memory is not None
-    engine = Engine(talker, max_rows=16, max_length=64, memory=3 * probe.memory)
+    engine = Engine(talker, max_rows=16, max_length=64, memory=3 * next(iter(probe.lanes.values())).nbytes)
+    assert engine.memory
     for i in range(8):
         engine.submit([97 + i], slow)
     most = 0
@@ -159,6 +159,15 @@ def test_memory_bounds_the_rows_and_is_given_back(talker: Pretrained) -> None:
     assert all(not lane.requests and lane.loop.state.rows == 0 for lane in engine.lanes.values())
     with pytest.raises(ValueError, match="memory=10 bytes cannot hold a request"):
         Engine(talker, memory=10).submit([97], slow)
+
+
+def test_ways_of_decoding_that_need_no_memory_and_much_of_it_follow_each_other(recorded: Pretrained) -> None:
+    engine = Engine(recorded, max_rows=1, max_length=64)
+    for own in ({"cache": "none"}, {}, {"block_length": 16}, {"cache": "none"}):
+        engine.submit([97], GenerationConfig(**{"block_length": 8, "max_gen_length": 16, "threshold": 0.6, **own}))
+    for _ in range(200):
+        engine.step()
+    assert engine.idle
 
 
 def test_a_forward_budget_ends_with_a_full_block_and_says_so(talker: Pretrained) -> None:

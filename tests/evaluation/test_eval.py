@@ -153,6 +153,19 @@ def test_a_complete_folder_is_left_alone_and_other_settings_are_refused(
         evaluate(alone / "suite", *SUITE)
 
 
+def test_answers_of_other_code_or_weights_are_not_used(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reused = {}
+    for changed in ("nothing", "code_hash", "weights_hash"):
+        folder = tmp_path / changed
+        folder.mkdir()
+        (folder / MERGED).write_bytes((alone / "suite" / MERGED).read_bytes())
+        with monkeypatch.context() as patch:
+            if changed != "nothing":
+                patch.setattr(entry, changed, lambda *_: "another")
+            reused[changed] = evaluate(folder, *SUITE)["facts"]["answers_reused"]
+    assert reused == {"nothing": 6, "code_hash": 0, "weights_hash": 0}
+
+
 def test_a_folder_without_weights_is_refused_before_a_task_is_loaded(
     tmp_path: Path, chat_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
