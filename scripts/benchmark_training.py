@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from paired_timing import Ratio, interleave, ratio
+from forward_counts import block_weights
+from paired_timing import Ratio, interleave, matmul_rate, ratio
 from peak_memory import peak_bytes
 from plan_memory import LLADA_8B
 from rich.console import Console
@@ -183,9 +184,7 @@ def counted_flops(model: LLaDAModelLM, loads: Sequence[Load]) -> int:
 def analytic_flops(config: LLaDAConfig, loads: Sequence[Load], allowed_pairs_only: bool = False) -> int:
     """The same by formula: three times (forward, and twice that backward) 2·weights per position, 4·D per attention pair and
     layer, and 2·V·D per position that gets logits. Dense attention computes all pairs, an ideal kernel the allowed ones."""
-    width, inner = config.d_model, config.num_key_value_heads * config.head_dim
-    weights = config.n_layers * (2 * width * width + 2 * width * inner + 3 * width * config.mlp_width)
-    total = 0
+    width, weights, total = config.d_model, block_weights(config), 0
     for load in loads:
         rows, length = load.ids.shape
         allowed = rows * length * length if load.sees is None else int(load.sees.sum())
@@ -311,13 +310,6 @@ def build_arms(pretrained: Pretrained, samples: Sequence[Sample], length: int, r
         "padded samples": padded(pretrained, samples, rows * max(1, length // 256)),
         "two copies": two_copies(ours),
     }
-
-
-def matmul_rate(size: int = 1024, repeats: int = 20) -> float:
-    """The floating-point operations a second that this machine reaches in plain matrix products: what 100 % would be."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    seconds = interleave({"product": lambda: a @ b}, repeats)["product"]
-    return 2 * size**3 / statistics.median(seconds)
 
 
 def show(console: Console, exact: dict[str, Cost], ratios: dict[str, Ratio], share: float) -> None:

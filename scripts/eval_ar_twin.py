@@ -55,16 +55,21 @@ def as_llama(model: LLaDAModelLM, special: SpecialTokens) -> LlamaForCausalLM:
     return llama.eval()
 
 
-@torch.inference_mode()
 def answer(llama: LlamaForCausalLM, tokenizer: Any, special: SpecialTokens, prompts: list[str]) -> list[str | None]:
     """Greedy answers; None where no stop token came within 256 tokens."""
-    ids = [render_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    made = continuations(llama, special, [render_prompt(tokenizer, [{"role": "user", "content": text}]) for text in prompts])
+    return [decode_text(tokenizer, row[:-1]) if row[-1] in special.stop else None for row in made]
+
+
+@torch.inference_mode()
+def continuations(llama: LlamaForCausalLM, special: SpecialTokens, ids: list[list[int]]) -> list[list[int]]:
+    """What the model writes behind prompts, up to and with the first stop token, at most 256 tokens."""
     width = max(map(len, ids))
     padded = torch.tensor([[special.pad] * (width - len(row)) + row for row in ids])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
     made = llama.generate(padded, attention_mask=mask, max_new_tokens=256, do_sample=False)[:, width:].tolist()
-    ends = [next((i for i, token in enumerate(row) if token in special.stop), None) for row in made]
-    return [None if end is None else decode_text(tokenizer, row[:end]) for row, end in zip(made, ends, strict=True)]
+    ends = [next((i for i, token in enumerate(row) if token in special.stop), len(row)) for row in made]
+    return [row[: end + 1] for row, end in zip(made, ends, strict=True)]
 
 
 def main() -> None:
