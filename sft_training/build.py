@@ -139,6 +139,7 @@ def build_stream(
         packer_of(config, special.pad),
         seed=config.training.seed,
         mask_id=special.mask,
+        eos_id=special.eos,
         epochs=config.passes(),
         rows_per_step=rows_per_step(config),
         ahead=config.dataset.prefetch_steps,

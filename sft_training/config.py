@@ -68,6 +68,7 @@ class ViewSection:
     block_share: float = 0.0
     block_lengths: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
     every_block: bool = False
+    fill: bool = False
 
 
 @dataclass
@@ -192,6 +193,8 @@ def check(config: SftConfig) -> None:
             f"view.every_block=true with packing.attention={config.packing.attention!r} and packing.mode="
             f"{config.packing.mode!r}: its blocks must not see each other, which takes attention=sample and mode=whole."
         )
+    if config.view.fill and config.packing.mode != "whole":
+        raise ValueError(f"view.fill=true with packing.mode={config.packing.mode!r}: a sample per row takes mode=whole.")
     _choice("loss.name", config.loss.name, LOSSES)
     _choice("precision.dtype", config.precision.dtype, PRECISIONS)
     check_fp8_settings(config)

@@ -43,7 +43,7 @@ class RowStream(IterableDataset[Row]):
 
     Args:
         mixture: what is read. view, packer: how a sample is shown and packed. seed: of the draws of the view.
-        mask_id: what a mask-only tail is made of.
+        mask_id: what a mask-only tail is made of. eos_id: what `view.fill` fills rows with.
         epochs: ends after epochs * len(mixture) samples, which for a single source are that many passes; None: never.
         rows_per_step: rows of an optimizer step over all ranks. They come in whole groups of that size, so a finite stream
             ends with a full step; `left_over` counts the rows that make none.
@@ -58,12 +58,14 @@ class RowStream(IterableDataset[Row]):
         *,
         seed: int,
         mask_id: int,
+        eos_id: int | None = None,
         epochs: int | None = None,
         rows_per_step: int = 1,
         ahead: int = 0,
     ) -> None:
         super().__init__()
-        self.mixture, self.view, self.seed, self.mask_id, self.epochs = mixture, view, seed, mask_id, epochs
+        self.mixture, self.view, self.seed, self.epochs = mixture, view, seed, epochs
+        self.mask_id, self.eos_id = mask_id, eos_id
         self.rows_per_step, self.ahead, self.left_over = rows_per_step, ahead, 0
         nothing = (0,) * len(mixture.names)
         self._go_on_from(Position(nothing, nothing, packer, 0))
@@ -110,8 +112,9 @@ class RowStream(IterableDataset[Row]):
     def _place(self, packer: Packer, which: int, taken: int) -> list[Row]:
         sample, epoch = self.mixture.sample(which, taken)
         piece = self.view.apply(
-            sample.key, epoch, sample.ids, sample.response, seed=self.seed, mask_id=self.mask_id, longest=packer.length
-        )
+            sample.key, epoch, sample.ids, sample.response,
+            seed=self.seed, mask_id=self.mask_id, longest=packer.length, eos_id=self.eos_id,
+        )  # fmt: skip
         if packer.mode == "whole" and len(piece) > packer.length >= len(sample.ids):
             piece = cut(piece, 0, packer.length)  # the sample fits; only its mask-only tail is shortened
         dropped = packer.dropped

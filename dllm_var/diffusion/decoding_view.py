@@ -10,6 +10,9 @@ never stops. Cures, applied sample by sample before packing (`dllm_var.diffusion
 * all block views of a sample in one piece (`every_block`): the sample once as it is, for the blocks to look back at, and
   behind it a copy of every block to be trained. Who sees whom is said by `Piece.stage` and `sees`, as for block diffusion
   (arXiv 2503.09573), but that what is finished sees the block being decided, as in dLLM-Var's decoding.
+
+And, for comparison, LLaDA's own way (arXiv 2502.09992): `fill`, one sample per row, the rest of it EOS that is masked and
+trained as part of the response.
 """
 
 from dataclasses import dataclass, replace
@@ -64,6 +67,7 @@ class DecodingView:
         block_lengths: a block view draws its block length from these.
         every_block: a block view shows all blocks of its sample at once, where that fits a row. Takes rows of up to twice
             the length, and attention within samples.
+        fill: every sample is filled up to the length of a row with EOS that counts as response.
     """
 
     tail_share: float = 0.0
@@ -71,6 +75,7 @@ class DecodingView:
     block_share: float = 0.0
     block_lengths: tuple[int, ...] = (8, 16, 32, 64)
     every_block: bool = False
+    fill: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tail_share", "block_share"):
@@ -82,11 +87,35 @@ class DecodingView:
             )
         if self.block_share > 0 and (not self.block_lengths or min(self.block_lengths) < 1):
             raise ValueError(f"block_lengths={self.block_lengths}: give block lengths >= 1, or block_share 0.")
+        if self.fill and (self.tail_share > 0 or self.block_share > 0):
+            raise ValueError(
+                f"fill=true with tail_share={self.tail_share} and block_share={self.block_share}: a filled row has no room "
+                "for either. Set both shares to 0, or fill=false."
+            )
 
     def apply(
-        self, key: str, epoch: int, ids: Ints, response: Bools, *, seed: int, mask_id: int, longest: int | None = None
+        self,
+        key: str,
+        epoch: int,
+        ids: Ints,
+        response: Bools,
+        *,
+        seed: int,
+        mask_id: int,
+        longest: int | None = None,
+        eos_id: int | None = None,
     ) -> Piece:
-        """The piece that is packed for a sample; all draws are keyed by (seed, epoch, key). longest: tokens of a row."""
+        """The piece that is packed for a sample; all draws are keyed by (seed, epoch, key).
+
+        Args:
+            longest: tokens of a row. eos_id: what fills it; `fill` takes both.
+        """
+        if self.fill:
+            assert longest is not None
+            assert eos_id is not None
+            free = max(0, longest - len(ids))
+            ids = np.concatenate([ids, np.full(free, eos_id, dtype=ids.dtype)])
+            response = np.concatenate([response, np.ones(free, dtype=bool)])
         level, which, extent, where = uniforms(4, seed, epoch, key, "view")
         noise = uniforms(len(ids), seed, epoch, key, "noise")
         spots = np.flatnonzero(response)

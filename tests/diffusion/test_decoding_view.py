@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dllm_var import Pretrained
 from dllm_var.diffusion.decoding_view import DecodingView, Piece, sees
+from dllm_var.diffusion.packing import Packer
 from dllm_var.model.kv_store import KVStore
 
 MASK = 15
@@ -136,6 +137,33 @@ def test_a_piece_with_every_block_that_is_longer_than_a_row_shows_one_block() ->
     pieces = [view.apply("s", 0, ids, ids >= 0, seed=1, mask_id=MASK, longest=n) for n in (44, 43)]
     assert [piece.stage is None for piece in pieces] == [False, True]
     assert pieces[1].response.sum() <= 4
+
+
+def test_a_filled_sample_is_a_row_of_its_own_whose_eos_is_masked_like_any_other_token() -> None:
+    ids, eos = np.arange(2, 12), 1
+    pieces = [
+        DecodingView(fill=True).apply("s", epoch, ids, ids > 4, seed=1, mask_id=MASK, longest=400, eos_id=eos)
+        for epoch in range(2)
+    ]
+    for piece in pieces:
+        assert piece.ids.tolist() == ids.tolist() + [eos] * 390
+        assert piece.response.tolist() == [False] * 3 + [True] * 397
+        assert abs((piece.noise < 0.3).mean() - 0.3) < 0.08
+    assert not np.array_equal(pieces[0].noise, pieces[1].noise)
+    packer = Packer(length=400, pad_id=eos)
+    rows = [row for piece in pieces for row in packer.add(piece)] + packer.flush()
+    assert [[length for _, _, length, _ in row.pieces] for row in rows] == [[400], [400]]
+
+
+def test_a_sample_longer_than_a_row_is_not_filled() -> None:
+    piece = DecodingView(fill=True).apply("s", 0, np.arange(9), np.arange(9) > 3, seed=1, mask_id=MASK, longest=8, eos_id=1)
+    assert len(piece) == 9  # the packer counts it as dropped
+
+
+@pytest.mark.parametrize("share", [{"tail_share": 0.5, "tail_max": 4}, {"block_share": 0.5}])
+def test_filling_leaves_no_room_for_tails_and_block_views(share: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"fill=true with tail_share=.*Set both shares to 0"):
+        DecodingView(fill=True, **share)
 
 
 def test_no_token_that_is_asked_for_can_be_looked_up(recorded64: Pretrained) -> None:

@@ -91,6 +91,7 @@ def test_the_defaults_are_the_published_recipe_but_for_rows_and_view() -> None:
         ("training.learning_rate=-1", r"training\.learning_rate=-1.0: must be at least 0"),
         ("loss.name=mean", r"loss\.name='mean': choose one of plain_mean"),
         ("view.tail_share=2", "tail_share=2.0: a share lies between 0 and 1"),
+        ("view.fill=true", r"fill=true with tail_share=0\.8"),
         ("view.every_block=true", r"view\.every_block=true with packing\.attention='full' and packing\.mode='whole'"),
         ("packing.mode=tight", "packing='tight': choose 'split'"),
         ("forward_process.t_max=3", "t_max=3.0"),
@@ -103,6 +104,13 @@ def test_the_defaults_are_the_published_recipe_but_for_rows_and_view() -> None:
 def test_a_mistake_is_answered_by_name(override: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         compose_settings([*ENOUGH, override])
+
+
+def test_a_sample_per_row_cannot_be_cut_anywhere() -> None:
+    strict = ["view.fill=true", "view.tail_share=0", "view.tail_max=0"]
+    assert compose_settings([*ENOUGH, *strict]).view.fill
+    with pytest.raises(ValueError, match=r"view\.fill=true with packing\.mode='split'"):
+        compose_settings([*ENOUGH, *strict, "packing.mode=split"])
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ LENGTHS = [3 + (7 * i) % 23 for i in range(60)]
 EVERY_BLOCK = ("view.block_share=0.7", "view.every_block=true", "packing.attention=sample")
 EVERYTHING = ("view.tail_share=0.5", "view.tail_max=6", "view.block_share=0.3")
 
+FILLED = ("view.fill=true", "view.tail_share=0", "view.tail_max=0", "view.block_share=0")
+
 Make = Callable[..., RowStream]
 
 
@@ -69,7 +71,7 @@ def test_the_order_of_an_epoch_depends_on_the_shuffle_seed_plus_the_epoch(make: 
     assert np.array_equal(five.order(0, 2), seven.order(0, 0))
 
 
-@pytest.mark.parametrize("own", [("packing.mode=whole",), ("packing.mode=split",), EVERY_BLOCK])
+@pytest.mark.parametrize("own", [("packing.mode=whole",), ("packing.mode=split",), EVERY_BLOCK, FILLED])
 def test_a_stream_taken_up_at_any_row_goes_on_with_the_same_rows(make: Make, own: tuple[str, ...]) -> None:
     options = (*EVERYTHING[:2], *(own if own is EVERY_BLOCK else (EVERYTHING[2], *own)))
     options = (*options, "training.local_batch_size=1", "training.grad_accum_steps=1")
@@ -83,6 +85,17 @@ def test_a_stream_taken_up_at_any_row_goes_on_with_the_same_rows(make: Make, own
             assert same(ours, theirs), position
         if position:
             assert again.state(position + 2)["packer"]["rows"] <= position + 2
+
+
+def test_filled_rows_hold_one_sample_each_and_its_eos_is_masked_now_and_then(make: Make, settings: Any) -> None:
+    rows = list(islice(make(*FILLED), 30))
+    assert all(len(row.pieces) == 1 and row.real.all() for row in rows)
+    assert all((row.ids[1:][~row.response[:-1] & row.response[1:]]).size == 1 for row in rows)  # one border, then response
+    llada = settings("unused.jsonl", *FILLED, "forward_process.always_mask_eos=false", "forward_process.t_min=0.001")
+    batch = build_collate(llada, SPECIAL)(rows)
+    filled = (batch["clean"] == SPECIAL.eos) & torch.from_numpy(np.stack([row.response for row in rows]))
+    share = float((batch["masked"] & filled).sum() / filled.sum())
+    assert 0.2 < share < 0.8
 
 
 def test_the_state_is_that_of_the_rows_consumed_and_not_of_those_read_ahead(make: Make) -> None:
@@ -210,7 +223,9 @@ def test_packed_split_rows_need_no_attention_mask_and_whole_rows_have_one(make: 
 
 
 @pytest.mark.parametrize(
-    "own", [EVERYTHING, ("loss.name=next_token", "view.tail_share=0", "view.tail_max=0"), EVERY_BLOCK], ids=str
+    "own",
+    [EVERYTHING, ("loss.name=next_token", "view.tail_share=0", "view.tail_max=0", "view.block_share=0"), EVERY_BLOCK],
+    ids=str,
 )
 def test_with_attention_per_sample_a_packed_row_says_of_each_sample_what_it_says_of_it_alone(
     settings: Callable[..., SftConfig], write_samples: Callable[..., Path], own: tuple[str, ...]
