@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Why: the paper's table at laptop scale: what each part of the recipe does, on the same network, data, steps and seeds.
+# How: bash scripts/study.sh [RUN_FOLDER], after scripts/train_tiny.sh has made that folder's data and its autoregressive
+# warm-up, from which every recipe starts. STEPS (default 1500) steps for each of SEEDS (default "1 2 3"): a night on two cores.
+# Run it again after any stop, it goes on where it was. RUN_FOLDER/study/STEPS holds report.json, report.md and report.png.
+# Two numbers of STEPS show which conclusions do not depend on the budget.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+run="${1:-$root/runs/tiny}"
+steps="${STEPS:-1500}"
+seeds="${SEEDS:-1 2 3}"
+prompts="${PROMPTS:-100}"
+python="${PYTHON:-$root/.venv/bin/python}"
+command -v "$python" >/dev/null || { echo "there is no $python: run bash install.sh first, or give PYTHON=…" >&2; exit 1; }
+[[ -e "$run/warm_up/final/config.json" ]] ||
+  { echo "$run has no warm_up/final: run bash scripts/train_tiny.sh $run first" >&2; exit 1; }
+
+recipe() { # NAME OVERRIDES...: train it with every seed, then decode with it in every way
+  local name="$1" seed out
+  shift
+  for seed in $seeds; do
+    out="$run/study/$steps/$name-$seed"
+    if [[ ! -e "$out/final/config.json" ]]; then
+      TRAIN_ONLY=1 bash "$root/scripts/train_tiny.sh" "$run" training.max_steps="$steps" training.decay_steps=$((steps / 2)) \
+        training.save_total_limit=1 training.seed="$seed" output_dir="$out" "$@"
+    fi
+    "$python" "$root/scripts/study_measure.py" --model "$out/final" --prompts "$prompts" --output "$out.json" \
+      $([[ "$name" != autoregressive ]] || echo --autoregressive)
+  done
+}
+
+# One recipe, changed in one place at a time. Rows of 576 tokens for all.
+plain=(view.every_block=false view.block_share=0)
+full=("${plain[@]}" packing.attention=full)
+recipe dllm_var
+recipe no_block_views "${plain[@]}"
+recipe published "${full[@]}" view.tail_share=0 view.tail_max=0 forward_process.t_max=0.9 forward_process.t_per=row
+recipe tails "${full[@]}"
+recipe eos_maskable forward_process.always_mask_eos=false
+recipe t_0_1 forward_process.t_min=0.001
+recipe llada_sft "${plain[@]}" view.fill=true view.tail_share=0 view.tail_max=0 forward_process.always_mask_eos=false \
+  forward_process.t_min=0.001 loss.name=elbo packing.max_length=288 training.local_batch_size=10
+recipe autoregressive "${plain[@]}" loss.name=next_token view.tail_share=0 view.tail_max=0
+
+"$python" "$root/scripts/study_report.py" --input "$run/study/$steps" --output "$run/study/$steps/report"

@@ -1,0 +1,169 @@
+"""The study: what is trained, how it is measured, and what is made of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dllm_var import load_pretrained
+from sft_training.overrides import compose_settings
+
+ROOT = Path(__file__).parents[2]
+
+# In place of Python: notes the call, and leaves the file that the call is made for.
+STAND_IN = """#!{python}
+import json, pathlib, sys
+given = sys.argv[1:]
+with open({log!r}, "a") as log:
+    log.write(json.dumps(given) + "\\n")
+folders = [one.split("=", 1)[1] for one in given if one.startswith("output_dir=")]
+if folders:  # the last one counts
+    final = pathlib.Path(folders[-1]) / "final"
+    final.mkdir(parents=True)
+    (final / "config.json").write_text("{{}}")
+"""
+
+
+@pytest.fixture(scope="module")
+def measure(script: Any) -> ModuleType:
+    module: ModuleType = script("scripts/study_measure.py")
+    return module
+
+
+@pytest.fixture(scope="module")
+def report(script: Any) -> ModuleType:
+    module: ModuleType = script("scripts/study_report.py")
+    return module
+
+
+def study(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """Run the script with a stand-in for Python; what it said, and every call."""
+    run, log, stand_in = tmp_path / "run", tmp_path / "calls", tmp_path / "python"
+    for done in ("text/done", "start/config.json", "warm_up/final/config.json"):
+        (run / done).parent.mkdir(parents=True, exist_ok=True)
+        (run / done).touch()
+    stand_in.write_text(STAND_IN.format(python=sys.executable, log=str(log)), encoding="utf-8")
+    stand_in.chmod(0o755)
+    log.unlink(missing_ok=True)
+    ran = subprocess.run(
+        ["bash", ROOT / "scripts/study.sh", run],
+        env=os.environ | {"PYTHON": str(stand_in), "STEPS": "30", "SEEDS": "1 2"} | environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return ran, [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+
+
+def test_every_recipe_is_trained_with_every_seed_by_settings_that_exist_and_measured_once(tmp_path: Path) -> None:
+    ran, calls = study(tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    trained = [call[1:] for call in calls if call[0].endswith("sft.py")]
+    folders = [[o for o in call if o.startswith("output_dir=")][-1].removeprefix("output_dir=") for call in trained]
+    assert len(folders) == len(set(folders)) == 16
+    for overrides in trained:
+        config = compose_settings(overrides)
+        assert config.training.max_steps == 30
+        assert config.training.local_batch_size * config.packing.max_length == 2880  # the same positions for all
+    assert {compose_settings(overrides).training.seed for overrides in trained} == {1, 2}
+    measured = [call for call in calls if call[0].endswith("study_measure.py")]
+    assert [call[call.index("--model") + 1] for call in measured] == [f"{folder}/final" for folder in folders]
+    assert ["--autoregressive" in call for call in measured] == ["autoregressive" in folder for folder in folders]
+    assert calls[-1][0].endswith("study_report.py")
+
+
+def test_what_was_trained_is_not_trained_again(tmp_path: Path) -> None:
+    study(tmp_path)
+    _, calls = study(tmp_path)
+    assert not [call for call in calls if call[0].endswith("sft.py")]
+
+
+def test_without_a_warm_up_the_study_says_what_to_run_first(tmp_path: Path) -> None:
+    ran, _ = study(tmp_path)
+    (tmp_path / "run" / "warm_up" / "final" / "config.json").unlink()
+    ran = subprocess.run(
+        ["bash", ROOT / "scripts/study.sh", tmp_path / "run"], env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert "run bash scripts/train_tiny.sh" in ran.stderr
+
+
+def test_every_way_of_decoding_answers_every_task(measure: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for options in measure.WAYS.values():
+        for name in ("gen_length", "max_gen_length"):
+            if name in options:
+                monkeypatch.setitem(options, name, 32)
+    model = load_pretrained("tiny")
+    records = measure.measure(model, False, 1)
+    assert {(r["way"], r["task"]) for r in records} == {(way, task) for way in measure.WAYS for task in measure.TASKS}
+    assert all(len(r["outcomes"]) == 1 and r["seconds"] > 0 for r in records)
+
+
+def test_an_autoregressive_answer_takes_a_forward_for_each_token(measure: ModuleType) -> None:
+    model = load_pretrained("tiny")
+    records = measure.measure(model, True, 1)
+    assert {r["way"] for r in records} == {measure.LEFT_TO_RIGHT}
+    for record in records:
+        outcome = measure.Outcome(*record["outcomes"][0])
+        assert outcome.forwards == outcome.raw == outcome.given
+        assert outcome.positions > outcome.raw
+
+
+def outcomes(report: ModuleType, exact: list[bool], forwards: int = 4) -> list[list[Any]]:
+    return [[6, 6 if right else 9, 32, True, right, forwards, 100] for right in exact]
+
+
+@pytest.fixture
+def folder(report: ModuleType, tmp_path: Path) -> Path:
+    fields = list(report.Outcome.__dataclass_fields__)
+    for recipe, share in (("autoregressive", 0.5), ("dllm_var", 0.9), ("llada_sft", 0.2)):
+        for seed in (1, 2, 3):
+            exact = [i < share * 10 for i in range(10)]
+            record = {"way": "EOS-led blocks", "task": "add", "seconds": 2.0, "outcomes": outcomes(report, exact)}
+            result = {"fields": fields, "prompts_per_task": 10, "records": [record]}
+            (tmp_path / f"{recipe}-{seed}.json").write_text(json.dumps(result), encoding="utf-8")
+    (tmp_path / "report.json").write_text("{}", encoding="utf-8")  # of an earlier call
+    return tmp_path
+
+
+def test_figures_are_means_with_intervals_and_ours_comes_first(
+    report: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["study_report.py", "--input", str(folder), "--output", str(folder / "report")])
+    report.main()
+    made = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert list(made) == ["dllm_var", "autoregressive", "llada_sft"]
+    ours = made["dllm_var"]["EOS-led blocks"]
+    assert ours["seeds"] == [1, 2, 3]
+    assert ours["exact match"]["mean"] == pytest.approx(0.9)
+    assert 0.7 < ours["exact match"]["low"] < 0.9 < ours["exact match"]["high"] <= 1.0
+    assert ours["length error"]["mean"] == pytest.approx(0.3)
+    assert ours["tokens/forward"]["mean"] == pytest.approx((0.9 * 6 + 0.1 * 9) / 4)
+    assert ours["tasks"] == {"add": pytest.approx(0.9)}
+    assert "| dllm_var | EOS-led blocks | 0.900 [" in (folder / "report.md").read_text(encoding="utf-8")
+    assert "| dllm_var |" in capsys.readouterr().out
+    assert (folder / "report.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_an_interval_is_wider_when_seeds_differ(report: ModuleType) -> None:
+    alike = report.interval([np.array([0.0, 1.0] * 50)] * 3)
+    apart = report.interval([np.zeros(100), np.array([0.0, 1.0] * 50), np.ones(100)])
+    assert alike["mean"] == apart["mean"] == 0.5
+    assert apart["high"] - apart["low"] > 3 * (alike["high"] - alike["low"]) > 0
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"fields": ["right"], "records": [{"way": "x", "outcomes": [[1, 2]]}]}'])
+def test_a_damaged_result_is_named(report: ModuleType, folder: Path, text: str) -> None:
+    (folder / "dllm_var-2.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"dllm_var-2\.json is no result"):
+        report.read(folder)
+
+
+def test_an_empty_folder_is_named(report: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no RECIPE-SEED\.json: run scripts/study\.sh first"):
+        report.read(tmp_path)
