@@ -1,7 +1,7 @@
 """Why: what the study found, over its recipes, ways of decoding and seeds: tables, plots, and how sure it is.
 
-How: ``python scripts/study_report.py --input RUN/study/1500 --output RUN/study/1500/report`` writes report.json, report.md and
-report.png. Reads the files of ``study_measure.py``, named RECIPE-SEED.json. An interval is the 95 % bootstrap over seeds and,
+How: ``python scripts/study_report.py --input RUN/study/1500 --output RUN/study/1500/report`` writes report.json, .md and
+.png. Reads the files of ``study_measure.py``, named RECIPE-SEED.json. An interval is the 95 % bootstrap over seeds and,
 within a seed, over problems.
 """
 
