@@ -148,5 +148,6 @@ class Proposer:
             best[:, self.top_k :] = float("-inf")
         if self.top_p < 1.0:
             share = best.softmax(-1)
-            best[share.cumsum(-1) - share >= self.top_p] = float("-inf")  # what stands before it makes up top_p already
+            before = share.cumsum(-1) - share
+            best = best.masked_fill(before >= self.top_p, float("-inf"))  # what stands before it makes up top_p already
         return torch.empty_like(logits).scatter_(1, order, best)
