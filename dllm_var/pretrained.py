@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dllm_var.model.adapter import Adapter, apply_adapter, check_base, is_adapter, read_adapter
 from dllm_var.model.checkpoint import load_config, load_model
 from dllm_var.model.llada import LLaDAModelLM
+from dllm_var.model.speed import FASTEST, compile_network, quantize_int8
 from dllm_var.text.chat import Message, render_prompt
 from dllm_var.text.special_tokens import SpecialTokens, resolve
 from dllm_var.text.tokenizer import load_tokenizer
@@ -62,25 +63,33 @@ def load_pretrained(
     *,
     base: str | Path | None = None,
     merge: bool = True,
+    int8: bool = False,
+    compile: bool = False,
 ) -> Pretrained:
     """Open a LLaDA-format model, or a LoRA adapter with the model that it belongs to, for inference.
 
     Args:
         name_or_folder: "tiny" for the bundled model, a folder, or the name of a model on the Hugging Face hub
             (``owner/name``). Only a hub name uses the network, and only if no such path exists here.
-        dtype: of the weights; default float32 on the CPU (where bfloat16 is several times slower), else as stored.
+        dtype: of the weights; default float32 on the CPU, else as stored (`dllm_var.model.speed.FASTEST`).
         device: default the GPU if there is one, else the CPU.
         base: only for an adapter: its base model, if it is not where the adapter says.
         merge: only for an adapter: add it to the base's weights (faster) instead of keeping it beside them.
+        int8: keep the weights of the blocks as int8 (needs torchao): less memory, and answers may differ a little.
+        compile: compile the network: slow to start, and answers may differ in the last bits.
 
     Raises:
         ValueError: no such folder or hub model, a folder that is no checkpoint, a tokenizer that does not fit, too
             little memory, or an adapter without its base.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if dtype is None and device.type == "cpu":
-        dtype = torch.float32
-    return open_pretrained(name_or_folder, dtype, device, base=base, merge=merge)
+    dtype = FASTEST.get(device.type) if dtype is None else dtype
+    opened = open_pretrained(name_or_folder, dtype, device, base=base, merge=merge)
+    if int8:
+        quantize_int8(opened.model)
+    if compile:
+        compile_network(opened.model)
+    return opened
 
 
 def open_pretrained(

@@ -9,6 +9,7 @@ JSON object. ``--check FILE`` holds a result against the bars, ``--table FILE`` 
 
 import dllm_var.quiet  # isort: skip (before transformers)
 import argparse
+import copy
 import datetime
 import json
 import os
@@ -17,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ from dllm_var import GenerationConfig, Pretrained
 from dllm_var.engine import Engine
 from dllm_var.model.config import LLaDAConfig
 from dllm_var.model.llada import LLaDAModelLM
+from dllm_var.model.speed import compile_network, quantize_int8
 from dllm_var.text.special_tokens import SpecialTokens
 
 SEED = 40_000  # of the held-out problems; those of the other measurements are others
@@ -200,15 +203,19 @@ def many_at_a_time(model: Pretrained, problems: Sequence[Problem], rounds: int) 
     }
 
 
-def large(rounds: int) -> dict[str, Any]:
-    """What the loop adds to the bare forwards, and what memory it takes, at 100 M random weights."""
+def hundred_million() -> tuple[Pretrained, list[int]]:
+    """A model of that size with random weights, and a prompt of 256 tokens."""
     torch.manual_seed(0)
     shape = {"d_model": 768, "n_heads": 12, "n_kv_heads": 12, "n_layers": 12, "mlp_hidden_size": 2048, "vocab_size": 8192}
     ends = {"mask_token_id": 8191, "eos_token_id": 8190}
     config = LLaDAConfig(**(LLADA_8B | shape | ends | {"embedding_size": 8192, "max_sequence_length": 1024}))
     special = SpecialTokens(mask=8191, eos=8190, pad=8190)
-    model = Pretrained(LLaDAModelLM(config).eval(), None, special)
-    prompt = torch.randint(0, 8000, (256,)).tolist()
+    return Pretrained(LLaDAModelLM(config).eval(), None, special), torch.randint(0, 8000, (256,)).tolist()
+
+
+def large(rounds: int) -> dict[str, Any]:
+    """What the loop adds to the bare forwards, and what memory it takes, at 100 M random weights."""
+    model, prompt = hundred_million()
     options = {**GROWING, "max_gen_length": 64, "threshold": THRESHOLD}
     work = {
         OURS: lambda: dllm_var.generate(model, [prompt], GenerationConfig(**options)),
@@ -216,11 +223,42 @@ def large(rounds: int) -> dict[str, Any]:
     }
     seconds = interleave(work, rounds)  # type: ignore[arg-type]
     weights = sum(p.nbytes for p in model.model.parameters())
-    store = 2 * 12 * 768 * 4 * (len(prompt) + 64 + 2 * BLOCK + 1)
+    shape = model.model.config
+    store = 2 * shape.n_layers * shape.d_model * 4 * (len(prompt) + options["max_gen_length"] + 2 * BLOCK + 1)
     return {
         "parameters": sum(p.numel() for p in model.model.parameters()),
         "overhead": asdict(ratio(seconds[OURS], seconds[BARE])),
         "memory": (weights + peak_bytes(work[OURS])) / (weights + store),
+    }
+
+
+def formats(bundled: Pretrained, rounds: int) -> dict[str, Any]:
+    """Number formats and compiled kernels at 100 M random weights, and how many answers of the bundled model they change."""
+    base, prompt = hundred_million()
+    options = GenerationConfig(**GROWING | {"max_gen_length": BLOCK}, threshold=THRESHOLD)
+    problems = chosen(24)
+    timed: dict[str, Callable[[], object]] = {}
+    same: dict[str, float] = {}
+    exact = [a.tokens for a in dllm_var.generate(bundled, [p.instruction for p in problems], GenerationConfig())]
+    changes: dict[str, list[Callable[[LLaDAModelLM], object]]] = {
+        "float32": [], "bfloat16": [LLaDAModelLM.bfloat16], "float32, int8": [quantize_int8],
+        "bfloat16, int8": [LLaDAModelLM.bfloat16, quantize_int8], "float32, compiled": [compile_network],
+        "float32, int8, compiled": [quantize_int8, compile_network],
+    }  # fmt: skip
+    for name, steps in changes.items():
+        large, small = copy.deepcopy(base.model), copy.deepcopy(bundled.model)
+        for step in steps:
+            step(large)
+            step(small)
+        changed = Pretrained(small, bundled.tokenizer, bundled.special)
+        made = dllm_var.generate(changed, [p.instruction for p in problems], GenerationConfig())
+        same[name] = sum(a.tokens == b for a, b in zip(made, exact, strict=True)) / len(exact)
+        timed[name] = partial(dllm_var.generate, Pretrained(large, None, base.special), [prompt], options)
+    seconds = interleave(timed, rounds)
+    return {
+        name: {"seconds ÷ float32": asdict(ratio(seconds[name], seconds["float32"])), "same answers": same[name]}
+        for name in changes
+        if name != "float32"
     }
 
 
@@ -288,6 +326,7 @@ def main() -> None:
     result["single"] = one_at_a_time(model, chosen(args.problems), twin, result["holding"])
     result["engine"] = many_at_a_time(model, many, args.rounds)
     result["large"] = large(args.rounds)
+    result["formats"] = formats(model, args.rounds)
     result["accuracy"] = accuracy(model, twin, args.accuracy)
     rates = result["environment"]["matmul_rate"], result["environment"]["copy_rate"]
     with recorded(model.model) as record:

@@ -72,4 +72,11 @@ def tables(result: dict[str, Any]) -> str:
     for together, forwards in engine["forwards"].items():
         speed = "1" if together == "1" else spread(engine["ratio"][together])
         lines.append(f"| {together} | {forwards} | {engine['wasted'][together]:.1%} | {speed} |")
+    lines += [
+        "",
+        "| weights and kernels | time ÷ float32, 100 M weights | same answers of the bundled model |",
+        "|---|---|---|",
+    ]
+    for name, found in result["formats"].items():
+        lines.append(f"| {name} | {spread(found['seconds ÷ float32'])} | {found['same answers']:.0%} |")
     return "\n".join(lines)

@@ -59,7 +59,7 @@ the end. {hours:.1f} hours for all of it on {threads} threads of a shared CPU.
 {recipe}```
 
 Beside the published recipe: rows hold whole samples, each of which attends to itself alone; of the samples {block_share:.0%}
-are shown as block decoding meets them, and of the others {tail_share:.0%} have a tail of masks that carry no loss
+are shown as block decoding meets them{at_once}, and of the others {tail_share:.0%} have a tail of masks that carry no loss
 (`dllm_var/diffusion/decoding_view.py` says why).
 
 ## Limits
@@ -113,6 +113,7 @@ def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
         loss=sum(losses[-20:]) / len(losses[-20:]), hours=seconds / 3600, threads=facts["threads"],
         recipe=yaml.safe_dump(recipe, sort_keys=False), block_share=settings["view"]["block_share"],
         tail_share=settings["view"]["tail_share"], start=start,
+        at_once=", all blocks of a sample at once" if settings["view"]["every_block"] else "",
     )  # fmt: skip
 
 

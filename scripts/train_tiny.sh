@@ -54,7 +54,7 @@ fi
 sft "${origin[@]}" model.final_dtype=bf16 packing.max_length=576 training.local_batch_size=5 \
   view.block_share=0.85 view.every_block=true 'view.block_lengths=[8,16,32]' view.tail_share=0.8 view.tail_max=32 \
   forward_process.t_per=sample forward_process.t_min=0.1 forward_process.t_max=1.0 \
-  training.learning_rate=2e-3 training.max_steps=12000 training.decay_steps=9000 output_dir="$run/sft" "$@"
+  training.learning_rate=2e-3 training.max_steps=10000 training.decay_steps=7000 output_dir="$run/sft" "$@"
 
 if [[ -n "${TRAIN_ONLY:-}" ]]; then exit; fi # scripts/study_surroundings.sh measures for itself
 "$python" "$root/scripts/eval_tiny.py" --model "$run/sft/final" --output "$run/evaluation.json"

@@ -111,6 +111,7 @@ def test_a_small_benchmark_runs_from_end_to_end(
     large = {"parameters": 1e8, "memory": 1.0, "overhead": {"median": 1.02, "low": 1.01, "high": 1.03}}
     result = {"single": single, "engine": engine, "large": large, "holding": 32, "at_best": 0.1}
     result["environment"] = benchmark.environment(1)
+    result["formats"] = {"bfloat16": {"seconds ÷ float32": large["overhead"], "same answers": 0.5}}
     printed = tables(result)
     assert all(f"| {name} |" in printed for name in single["costs"])
 

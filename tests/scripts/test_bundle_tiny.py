@@ -22,7 +22,7 @@ def finished_run(folder: Path) -> Path:
     (folder / "sft" / "metrics.jsonl").write_text('{"step": 70, "loss": 0.25, "seconds": 3600}\n', encoding="utf-8")
     facts = {"parameters": 3_049_920, "samples": 1234, "max_steps": 70, "tokens_per_step": 3072, "threads": 2}
     (folder / "sft" / "run.json").write_text(json.dumps(facts), encoding="utf-8")
-    settings = {"packing": {"max_length": 256}, "view": {"block_share": 0.4, "tail_share": 0.8}}
+    settings = {"packing": {"max_length": 256}, "view": {"block_share": 0.4, "tail_share": 0.8, "every_block": True}}
     settings |= {name: {} for name in ("forward_process", "loss", "training")}
     (folder / "sft" / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     score = {"exact": 0.875, "by_eos": 1.0, "right_length": 0.9, "tokens_per_forward": 5.5, "longest": 12}
@@ -49,5 +49,6 @@ def test_the_card_states_what_the_run_recorded_and_the_folder_opens(tmp_path: Pa
     assert "at commit abc1234, abd5678. From random weights, 1,200 steps of next-token prediction" in card
     assert json.loads((output / "token_freq.json").read_text(encoding="utf-8"))["num_token"] > 3
     assert "1,234 samples" in card
+    assert "40% are shown as block decoding meets them, all blocks of a sample at once" in card.replace("\n", " ")
     assert len(json.loads((output / "examples.json").read_text(encoding="utf-8"))) == 6
     assert load_pretrained(output).model.num_parameters() == 3_049_920
