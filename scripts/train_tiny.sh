@@ -51,10 +51,18 @@ if [[ "${WARM_UP:-1}" == 1 ]]; then
 fi
 
 # Stage 2: fill in masks; most samples are shown with all their blocks at once, in the very states that decoding meets.
-sft "${origin[@]}" model.final_dtype=bf16 packing.max_length=576 training.local_batch_size=5 \
-  view.block_share=0.85 view.every_block=true 'view.block_lengths=[8,16,32]' view.tail_share=0.8 view.tail_max=32 \
-  forward_process.t_per=sample forward_process.t_min=0.1 forward_process.t_max=1.0 \
-  training.learning_rate=2e-3 training.max_steps=10000 training.decay_steps=7000 output_dir="$run/sft" "$@"
+fill() {
+  sft packing.max_length=576 training.local_batch_size=5 view.block_share=0.85 view.every_block=true view.tail_share=0.8 \
+    view.tail_max=32 forward_process.t_per=sample forward_process.t_min=0.1 forward_process.t_max=1.0 "$@"
+}
+if [[ ! -e "$run/masked/final/config.json" ]]; then
+  fill "${origin[@]}" 'view.block_lengths=[8,16,32]' training.learning_rate=2e-3 training.max_steps=10000 \
+    training.decay_steps=7000 output_dir="$run/masked"
+fi
+
+# Stage 3: also say EOS behind the end of an answer, and see more of the long blocks.
+fill model=tiny model.path="$run/masked/final" model.final_dtype=bf16 view.tail_eos=true 'view.block_lengths=[16,32,32]' \
+  training.learning_rate=1e-3 training.max_steps=4000 training.decay_steps=3000 output_dir="$run/sft" "$@"
 
 if [[ -n "${TRAIN_ONLY:-}" ]]; then exit; fi # scripts/study_surroundings.sh measures for itself
 "$python" "$root/scripts/eval_tiny.py" --model "$run/sft/final" --output "$run/evaluation.json"

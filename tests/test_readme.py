@@ -156,6 +156,8 @@ COMMANDS: dict[str, Callable[[str, Path], None]] = {
     "python scripts/benchmark_training.py": Options("ten minutes; a test derives its committed numbers again"),
     "python -m dllm_var.decoding": Run(prints="block_commit"),
     "python scripts/compare_decoding.py": Options("ten minutes; a test derives its committed numbers again"),
+    "python scripts/benchmark.py": Options("an hour; its counts and bars are tested"),
+    "python scripts/soak.py": Options("minutes; a short run is a test of its own"),
     "python scripts/count_tokens.py --tokenizer tiny --output runs/token_freq.json my_texts/*.jsonl": Run(
         creates="runs/token_freq.json"
     ),

@@ -11,6 +11,9 @@ never stops. Cures, applied sample by sample before packing (`dllm_var.diffusion
   behind it a copy of every block to be trained. Who sees whom is said by `Piece.stage` and `sees`, as for block diffusion
   (arXiv 2503.09573), but that what is finished sees the block being decided, as in dLLM-Var's decoding.
 
+The masks behind an EOS carry no loss, or (`tail_eos`) are trained to be EOS as well: else nothing tells the model what to
+say there, and decoding may decide such a position before the EOS in front of it.
+
 And, for comparison, LLaDA's own way (arXiv 2502.09992): `fill`, one sample per row, the rest of it EOS that is masked and
 trained as part of the response.
 """
@@ -67,6 +70,7 @@ class DecodingView:
         block_lengths: a block view draws its block length from these.
         every_block: a block view shows all blocks of its sample at once, where that fits a row. Takes rows of up to twice
             the length, and attention within samples.
+        tail_eos: masks behind the end of an answer, in tails and in blocks, are trained to be EOS.
         fill: every sample is filled up to the length of a row with EOS that counts as response.
     """
 
@@ -75,6 +79,7 @@ class DecodingView:
     block_share: float = 0.0
     block_lengths: tuple[int, ...] = (8, 16, 32, 64)
     every_block: bool = False
+    tail_eos: bool = False
     fill: bool = False
 
     def __post_init__(self) -> None:
@@ -108,11 +113,12 @@ class DecodingView:
         """The piece that is packed for a sample; all draws are keyed by (seed, epoch, key).
 
         Args:
-            longest: tokens of a row. eos_id: what fills it; `fill` takes both.
+            longest: tokens of a row, wanted by `fill`. eos_id: wanted by `fill` and `tail_eos`.
         """
+        assert eos_id is not None or not (self.fill or self.tail_eos)
+        filler = (mask_id, False, 1.0) if eos_id is None or not self.tail_eos else (eos_id, True, 0.0)
         if self.fill:
             assert longest is not None
-            assert eos_id is not None
             free = max(0, longest - len(ids))
             ids = np.concatenate([ids, np.full(free, eos_id, dtype=ids.dtype)])
             response = np.concatenate([response, np.ones(free, dtype=bool)])
@@ -123,7 +129,7 @@ class DecodingView:
         if which < self.block_share and len(spots):
             block = self.block_lengths[int(extent * len(self.block_lengths))]
             if self.every_block:
-                piece = _every_block(Piece(key, epoch, ids, response, noise, float(level)), int(spots[0]), block, mask_id)
+                piece = _every_block(Piece(key, epoch, ids, response, noise, float(level)), int(spots[0]), block, filler)
                 if longest is None or len(piece) <= longest:
                     return piece
             first, length = int(spots[0]), len(ids) - int(spots[0])
@@ -134,24 +140,31 @@ class DecodingView:
         elif which < self.block_share + (1.0 - self.block_share) * self.tail_share:
             tail = int(extent * (self.tail_max + 1))
         if tail:
-            ids = np.concatenate([ids, np.full(tail, mask_id, dtype=ids.dtype)])
-            response = np.concatenate([response, np.zeros(tail, dtype=bool)])
-            noise = np.concatenate([noise, np.ones(tail, dtype=noise.dtype)])
+            ids, response, noise = _behind(ids, response, noise, tail, filler)
         return Piece(key, epoch, ids, response, noise, float(level))
 
 
-def _every_block(piece: Piece, first: int, block: int, mask_id: int) -> Piece:
+def _behind(
+    ids: Ints, response: Bools, noise: Floats, length: int, filler: tuple[int, bool, float]
+) -> tuple[Ints, Bools, Floats]:
+    """The arrays of a sample with `length` tokens behind it; filler: their id, whether they are trained, and their noise."""
+    more = [np.full(length, value, dtype=array.dtype) for value, array in zip(filler, (ids, response, noise), strict=True)]
+    return np.concatenate([ids, more[0]]), np.concatenate([response, more[1]]), np.concatenate([noise, more[2]])
+
+
+def _every_block(piece: Piece, first: int, block: int, filler: tuple[int, bool, float]) -> Piece:
     """A sample whose response starts at `first`: all but its last block clean, then every block to be trained."""
     blocks = -(-(len(piece) - first) // block)
     clean, end = first + (blocks - 1) * block, first + blocks * block
     tail = end - len(piece)
     position = np.arange(end)
     number = np.maximum((position - first) // block, -1)  # of the block; −1: prompt
+    trained = _behind(piece.ids[first:], piece.response[first:], piece.noise[first:], tail, filler)
     return replace(
         piece,
-        ids=np.concatenate([piece.ids[:clean], piece.ids[first:], np.full(tail, mask_id, dtype=piece.ids.dtype)]),
-        response=np.concatenate([np.zeros(clean, bool), piece.response[first:], np.zeros(tail, bool)]),
-        noise=np.concatenate([np.ones(clean, np.float32), piece.noise[first:], np.ones(tail, np.float32)]),
+        ids=np.concatenate([piece.ids[:clean], trained[0]]),
+        response=np.concatenate([np.zeros(clean, bool), trained[1]]),
+        noise=np.concatenate([np.ones(clean, np.float32), trained[2]]),
         positions=np.concatenate([position[:clean], position[first:]]),
         stage=np.concatenate([2 * number[:clean] + 2, 2 * number[first:] + 1]),
     )
