@@ -59,7 +59,7 @@ the end. {hours:.1f} hours for all of it on {threads} threads of a shared CPU.
 {recipe}```
 
 Beside the published recipe: rows hold whole samples, each of which attends to itself alone; of the samples {block_share:.0%}
-are shown as block decoding meets them{at_once}, and of the others {tail_share:.0%} have a tail of masks that carry no loss
+are shown as block decoding meets them{at_once}, and of the others {tail_share:.0%} have a tail of masks{tail_label}
 (`dllm_var/diffusion/decoding_view.py` says why).
 
 ## Limits
@@ -74,14 +74,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
+# Stages before the last one: folder → what it did.
+STAGES = {"warm_up": "of next-token prediction under a causal mask", "masked": "as below, without `tail_eos`"}
+
+
 def beginning(run: Path) -> tuple[str, float]:
-    """A sentence on the weights that the masked stage began with, and the seconds that they took."""
-    if not (run / "warm_up" / "run.json").exists():
-        return "From random weights:", 0.0
-    facts, metrics = read_json(run / "warm_up" / "run.json"), read_metrics(run / "warm_up")
-    steps = facts["max_steps"]
-    words = f"From random weights, {steps:,} steps of next-token prediction under a causal mask, then"
-    return words, max(line.get("seconds", 0.0) for line in metrics)
+    """A sentence on the stages before the last one, and the seconds that they took."""
+    words, seconds = "From random weights", 0.0
+    for stage, what in STAGES.items():
+        if (run / stage / "run.json").exists():
+            words += f", {read_json(run / stage / 'run.json')['max_steps']:,} steps {what}"
+            seconds += max(line.get("seconds", 0.0) for line in read_metrics(run / stage))
+    return f"{words}; then", seconds
 
 
 def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
@@ -113,6 +117,7 @@ def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
         loss=sum(losses[-20:]) / len(losses[-20:]), hours=seconds / 3600, threads=facts["threads"],
         recipe=yaml.safe_dump(recipe, sort_keys=False), block_share=settings["view"]["block_share"],
         tail_share=settings["view"]["tail_share"], start=start,
+        tail_label="; what stands behind an answer is trained to be EOS" * settings["view"]["tail_eos"],
         at_once=", all blocks of a sample at once" if settings["view"]["every_block"] else "",
     )  # fmt: skip
 

@@ -1,5 +1,7 @@
 """What stands around a sample: tails, and views that are exactly what block decoding would see."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -137,6 +139,29 @@ def test_a_piece_with_every_block_that_is_longer_than_a_row_shows_one_block() ->
     pieces = [view.apply("s", 0, ids, ids >= 0, seed=1, mask_id=MASK, longest=n) for n in (44, 43)]
     assert [piece.stage is None for piece in pieces] == [False, True]
     assert pieces[1].response.sum() <= 4
+
+
+@pytest.mark.parametrize(
+    "shares", [{"tail_share": 1.0, "tail_max": 6}, {"block_share": 1.0}, {"block_share": 1.0, "every_block": True}]
+)
+def test_what_stands_behind_an_answer_is_eos_that_is_always_masked_where_that_is_asked_for(shares: dict[str, Any]) -> None:
+    eos, ids = 14, np.arange(23) % 13
+    compared = 0
+    for number in range(40):
+        plain, labelled = (
+            DecodingView(block_lengths=(8,), tail_eos=asked, **shares).apply(
+                f"s{number}", 0, ids, np.arange(23) >= 3, seed=1, mask_id=MASK, eos_id=eos
+            )
+            for asked in (False, True)
+        )
+        behind = plain.ids == MASK
+        compared += int(behind.sum())
+        assert (labelled.ids[behind] == eos).all()
+        assert labelled.response[behind].all()
+        assert (labelled.noise[behind] == 0.0).all()  # below every level: masked whatever is drawn
+        for name in ("ids", "response", "noise"):
+            assert np.array_equal(getattr(plain, name)[~behind], getattr(labelled, name)[~behind])
+    assert compared > 20
 
 
 def test_a_filled_sample_is_a_row_of_its_own_whose_eos_is_masked_like_any_other_token() -> None:
