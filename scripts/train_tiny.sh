@@ -62,7 +62,7 @@ fi
 
 # Stage 3: also say EOS behind the end of an answer, and see more of the long blocks.
 fill model=tiny model.path="$run/masked/final" model.final_dtype=bf16 view.tail_eos=true 'view.block_lengths=[16,32,32]' \
-  training.learning_rate=1e-3 training.max_steps=4000 training.decay_steps=3000 output_dir="$run/sft" "$@"
+  training.learning_rate=1e-3 training.max_steps=3000 training.decay_steps=2200 output_dir="$run/sft" "$@"
 
 if [[ -n "${TRAIN_ONLY:-}" ]]; then exit; fi # scripts/study_surroundings.sh measures for itself
 "$python" "$root/scripts/eval_tiny.py" --model "$run/sft/final" --output "$run/evaluation.json"
