@@ -123,6 +123,7 @@ COMMANDS: dict[str, Callable[[str, Path], None]] = {
     "--threshold 0.9": Run(prints="one hundred fifty-two"),
     "python demo_dLLM-var.py --model maomaocun/dLLM-Var": Options("16 GB from the network, and a GPU"),
     "bash scripts/train_tiny.sh": Script("takes hours"),
+    "bash scripts/study.sh": Script("takes a night; a test runs it with a stand-in for the training"),
     "python scripts/eval_tiny.py": Run("--prompts 2 --tasks spell --settings 'block 32'", prints="{"),
     "python dataset/transfer_text2token.py --input_dir my_texts --output_file runs/my_texts.jsonl "
     "--tokenizer_model tiny": Run(creates="runs/my_texts.jsonl"),

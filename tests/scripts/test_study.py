@@ -64,7 +64,7 @@ def test_every_recipe_is_trained_with_every_seed_by_settings_that_exist_and_meas
     assert ran.returncode == 0, ran.stderr
     trained = [call[1:] for call in calls if call[0].endswith("sft.py")]
     folders = [[o for o in call if o.startswith("output_dir=")][-1].removeprefix("output_dir=") for call in trained]
-    assert len(folders) == len(set(folders)) == 16
+    assert len(folders) == len(set(folders)) == 18
     for overrides in trained:
         config = compose_settings(overrides)
         assert config.training.max_steps == 30
