@@ -23,7 +23,7 @@ from dllm_var.text.special_tokens import BOS, EOS, MASK, SPECIAL_TOKEN_NAMES
 VOCABULARY = 448
 SAMPLES = 40_000  # more of them change nothing: the corpus has few different words
 
-# 3.0 M parameters. Rows of training are much shorter than max_sequence_length, which only says how far decoding may go.
+# 2.8 M parameters. Rows of training are much shorter than max_sequence_length, which only says how far decoding may go.
 SHAPE = {
     "d_model": 192, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "mlp_hidden_size": 512, "mlp_ratio": 4,
     "vocab_size": VOCABULARY, "embedding_size": VOCABULARY, "max_sequence_length": 2048, "rope": True,

@@ -74,18 +74,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-# Stages before the last one: folder → what it did.
-STAGES = {"warm_up": "of next-token prediction under a causal mask", "masked": "as below, without `tail_eos`"}
-
-
 def beginning(run: Path) -> tuple[str, float]:
-    """A sentence on the stages before the last one, and the seconds that they took."""
-    words, seconds = "From random weights", 0.0
-    for stage, what in STAGES.items():
-        if (run / stage / "run.json").exists():
-            words += f", {read_json(run / stage / 'run.json')['max_steps']:,} steps {what}"
-            seconds += max(line.get("seconds", 0.0) for line in read_metrics(run / stage))
-    return f"{words}; then", seconds
+    """A sentence on the weights that the masked stage began with, and the seconds that they took."""
+    if not (run / "warm_up" / "run.json").exists():
+        return "From random weights:", 0.0
+    facts, metrics = read_json(run / "warm_up" / "run.json"), read_metrics(run / "warm_up")
+    steps = facts["max_steps"]
+    words = f"From random weights, {steps:,} steps of next-token prediction under a causal mask, then"
+    return words, max(line.get("seconds", 0.0) for line in metrics)
 
 
 def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
@@ -117,7 +113,7 @@ def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
         loss=sum(losses[-20:]) / len(losses[-20:]), hours=seconds / 3600, threads=facts["threads"],
         recipe=yaml.safe_dump(recipe, sort_keys=False), block_share=settings["view"]["block_share"],
         tail_share=settings["view"]["tail_share"], start=start,
-        tail_label="; what stands behind an answer is trained to be EOS" * settings["view"]["tail_eos"],
+        tail_label="; what stands behind an answer is trained to be EOS" * settings["view"].get("tail_eos", False),
         at_once=", all blocks of a sample at once" if settings["view"]["every_block"] else "",
     )  # fmt: skip
 

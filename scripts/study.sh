@@ -32,13 +32,13 @@ recipe() { # NAME OVERRIDES...: train it with every seed, then decode with it in
 # One recipe, changed in one place at a time. Rows of 576 tokens for all.
 plain=(view.every_block=false view.block_share=0)
 full=("${plain[@]}" packing.attention=full)
-recipe dllm_var view.tail_eos=true
-recipe no_tail_labels
-recipe no_block_views "${plain[@]}" view.tail_eos=true
+recipe dllm_var
+recipe tail_eos view.tail_eos=true
+recipe no_block_views "${plain[@]}"
 recipe published "${full[@]}" view.tail_share=0 view.tail_max=0 forward_process.t_max=0.9 forward_process.t_per=row
 recipe tails "${full[@]}"
-recipe eos_maskable view.tail_eos=true forward_process.always_mask_eos=false
-recipe t_0_1 view.tail_eos=true forward_process.t_min=0.001
+recipe eos_maskable forward_process.always_mask_eos=false
+recipe t_0_1 forward_process.t_min=0.001
 recipe llada_sft "${plain[@]}" view.fill=true view.tail_share=0 view.tail_max=0 forward_process.always_mask_eos=false \
   forward_process.t_min=0.001 loss.name=elbo packing.max_length=288 training.local_batch_size=10
 recipe autoregressive "${plain[@]}" loss.name=next_token view.tail_share=0 view.tail_max=0

@@ -30,7 +30,7 @@ grep -qsx "$commit" "$run/commits" || echo "$commit" >> "$run/commits"
 # Large freed buffers stay with the process: page faults would otherwise cost a tenth of the time.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 export OMP_NUM_THREADS="$threads"
-sft() { # all stages: the same data, optimizer and seed
+sft() { # both stages: the same data, optimizer and seed
   "$python" "$root/sft_training/sft.py" dataset.files="$run/train.jsonl" model.tokenizer="$run/start" \
     packing.attention=sample training.grad_accum_steps=1 training.optimizer=muon \
     'training.betas=[0.9,0.98]' training.schedule=wsd training.warmup_steps=100 \
@@ -51,23 +51,12 @@ if [[ "${WARM_UP:-1}" == 1 ]]; then
 fi
 
 # Stage 2: fill in masks; most samples are shown with all their blocks at once, in the very states that decoding meets.
-fill() {
-  sft packing.max_length=576 training.local_batch_size=5 view.block_share=0.85 view.every_block=true view.tail_share=0.8 \
-    view.tail_max=32 forward_process.t_per=sample forward_process.t_min=0.1 forward_process.t_max=1.0 "$@"
-}
-masked=(view.block_lengths="[8,16,32]" training.learning_rate=2e-3 training.max_steps=10000 training.decay_steps=7000)
-if [[ -n "${TRAIN_ONLY:-}" ]]; then # one of the studies: this stage with other settings, measured by its own script
-  fill "${origin[@]}" "${masked[@]}" model.final_dtype=bf16 output_dir="$run/sft" "$@"
-  exit
-fi
-if [[ ! -e "$run/masked/final/config.json" ]]; then
-  fill "${origin[@]}" "${masked[@]}" output_dir="$run/masked"
-fi
+sft "${origin[@]}" model.final_dtype=bf16 packing.max_length=576 training.local_batch_size=5 \
+  view.block_share=0.85 view.every_block=true 'view.block_lengths=[8,16,32]' view.tail_share=0.8 view.tail_max=32 \
+  forward_process.t_per=sample forward_process.t_min=0.1 forward_process.t_max=1.0 \
+  training.learning_rate=2e-3 training.max_steps=10000 training.decay_steps=7000 output_dir="$run/sft" "$@"
 
-# Stage 3: also say EOS behind the end of an answer, and see more of the long blocks.
-fill model=tiny model.path="$run/masked/final" model.final_dtype=bf16 view.tail_eos=true 'view.block_lengths=[16,32,32]' \
-  training.learning_rate=1e-3 training.max_steps=3000 training.decay_steps=2200 output_dir="$run/sft" "$@"
-
+if [[ -n "${TRAIN_ONLY:-}" ]]; then exit; fi # the studies measure for themselves
 "$python" "$root/scripts/eval_tiny.py" --model "$run/sft/final" --output "$run/evaluation.json"
 "$python" "$root/scripts/bundle_tiny.py" --run "$run" --output "$run/bundle"
 echo "finished: $run/bundle (to ship it: copy its files to dllm_var/bundled/tiny)"

@@ -20,7 +20,7 @@ def finished_run(folder: Path) -> Path:
     save_model(model.model, folder / "sft" / "final")
     model.tokenizer.save_pretrained(folder / "sft" / "final")
     (folder / "sft" / "metrics.jsonl").write_text('{"step": 70, "loss": 0.25, "seconds": 3600}\n', encoding="utf-8")
-    facts = {"parameters": 3_049_920, "samples": 1234, "max_steps": 70, "tokens_per_step": 3072, "threads": 2}
+    facts = {"parameters": 2_828_736, "samples": 1234, "max_steps": 70, "tokens_per_step": 3072, "threads": 2}
     (folder / "sft" / "run.json").write_text(json.dumps(facts), encoding="utf-8")
     settings = {
         "packing": {"max_length": 256},
@@ -32,10 +32,9 @@ def finished_run(folder: Path) -> Path:
     one = {"macro_exact": 0.875, "by_eos": 1.0, "tokens_per_forward": 5.5, "tasks": {"spell": score}}
     evaluation = {"prompts_per_task": 500, "threshold": 0.9, "settings": {"block 32": one, "no cache": one}}
     (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
-    for stage, steps in (("warm_up", 1200), ("masked", 3400)):
-        (folder / stage).mkdir()
-        (folder / stage / "run.json").write_text(json.dumps({"max_steps": steps}), encoding="utf-8")
-        (folder / stage / "metrics.jsonl").write_text('{"step": 1200, "seconds": 900}\n', encoding="utf-8")
+    (folder / "warm_up").mkdir()
+    (folder / "warm_up" / "run.json").write_text('{"max_steps": 1200}', encoding="utf-8")
+    (folder / "warm_up" / "metrics.jsonl").write_text('{"step": 1200, "seconds": 1800}\n', encoding="utf-8")
     (folder / "text" / "train").mkdir(parents=True)
     (folder / "text" / "train" / "problems.jsonl").write_text('{"instruction": "Add 1", "input": "", "output": "3"}\n')
     (folder / "commits").write_text("abc1234\nabd5678\n", encoding="utf-8")
@@ -50,11 +49,9 @@ def test_the_card_states_what_the_run_recorded_and_the_folder_opens(tmp_path: Pa
     assert "| spell | 0.875 | 0.875 | 1.000 | 5.5 | 12 |" in card
     assert "70 optimizer steps of 3,072 positions" in card.replace("\n", " ")
     assert "1.5 hours" in card.replace("\n", " ")
-    words = card.replace("\n", " ")
-    assert "at commit abc1234, abd5678. From random weights, 1,200 steps of next-token prediction" in words
-    assert "3,400 steps as below, without `tail_eos`; then 70 optimizer steps" in words
+    assert "at commit abc1234, abd5678. From random weights, 1,200 steps of next-token prediction" in card
     assert json.loads((output / "token_freq.json").read_text(encoding="utf-8"))["num_token"] > 3
     assert "1,234 samples" in card
     assert "40% are shown as block decoding meets them, all blocks of a sample at once" in card.replace("\n", " ")
     assert len(json.loads((output / "examples.json").read_text(encoding="utf-8"))) == 6
-    assert load_pretrained(output).model.num_parameters() == 3_049_920
+    assert load_pretrained(output).model.num_parameters() == 2_828_736
