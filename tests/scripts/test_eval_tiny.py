@@ -75,7 +75,7 @@ def test_a_wrong_argument_is_named_in_one_sentence(arguments: tuple[str, ...], m
 @torch.inference_mode()
 def test_the_autoregressive_yardstick_is_our_network_under_a_causal_mask() -> None:
     pretrained = load_pretrained("tiny")
-    ids = torch.randint(10, 1000, (2, 40), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(10, 440, (2, 40), generator=torch.Generator().manual_seed(0))
     causal = torch.ones(40, 40, dtype=torch.bool).tril().expand(2, -1, -1)
     ours = pretrained.model(ids, query_mask=causal).logits
     theirs = as_llama(pretrained.model, pretrained.special)(ids).logits

@@ -41,7 +41,7 @@ def measured_peak(run: Run, dtype: torch.dtype) -> tuple[float, float]:
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = build_optimizer(model, "adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.999))
-    ids = torch.randint(3, 1024, (ROWS, LENGTH))
+    ids = torch.randint(3, 440, (ROWS, LENGTH))
     masked = torch.rand(ROWS, LENGTH) < memory.MASKED
     targets = ids[masked]
     share = torch.full((len(targets),), 1 / len(targets))
