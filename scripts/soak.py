@@ -1,7 +1,7 @@
 """Why: does the engine lose or leak anything, over many requests that come, are cancelled and run out of time at random?
 
 How: ``python scripts/soak.py`` (bundled model, 10,000 requests, some minutes); ``--output FILE`` keeps the JSON line printed
-last. About one request in four is cancelled, one in ten has a deadline, one in ten a forward budget; two ways of decoding
+last. About one request in six is cancelled, one in ten has a deadline, one in ten a forward budget; two ways of decoding
 share the engine. Every fiftieth answer that ran to its end is compared with the same request alone. Exit code 1 when a
 request ended other than once, an answer differs, rows or queue are not empty at the end, or memory grew by more than 2 %.
 """
