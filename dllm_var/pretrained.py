@@ -88,7 +88,7 @@ def load_pretrained(
     if int8:
         quantize_int8(opened.model)
     if compile:
-        compile_network(opened.model)
+        compile_network(opened.model, dynamic=True)
     return opened
 
 

@@ -50,6 +50,7 @@ from dllm_var.engine import Engine
 from dllm_var.model.config import LLaDAConfig
 from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.model.speed import compile_network, quantize_int8
+from dllm_var.text.chat import decode_text
 from dllm_var.text.special_tokens import SpecialTokens
 
 SEED = 40_000  # of the held-out problems; those of the other measurements are others
@@ -162,7 +163,7 @@ def one_at_a_time(model: Pretrained, problems: Sequence[Problem], twin: Pretrain
         def left_to_right_answer(problem: Problem) -> tuple[bool, int]:
             ids = continuations(llama, special, [twin.prompt_ids(problem.instruction)])[0]
             assert twin.tokenizer is not None
-            return twin.tokenizer.decode(ids[:-1]) == problem.output, len(ids)
+            return decode_text(twin.tokenizer, ids[:-1]) == problem.output, len(ids)
 
         timed[LEFT_TO_RIGHT] = left_to_right_answer
     for work in (timed[OURS], timed[BARE], timed.get(LEFT_TO_RIGHT, timed[OURS])):
@@ -240,10 +241,11 @@ def formats(bundled: Pretrained, rounds: int) -> dict[str, Any]:
     timed: dict[str, Callable[[], object]] = {}
     same: dict[str, float] = {}
     exact = [a.tokens for a in dllm_var.generate(bundled, [p.instruction for p in problems], GenerationConfig())]
+    compiled = partial(compile_network, dynamic=True)
     changes: dict[str, list[Callable[[LLaDAModelLM], object]]] = {
         "float32": [], "bfloat16": [LLaDAModelLM.bfloat16], "float32, int8": [quantize_int8],
-        "bfloat16, int8": [LLaDAModelLM.bfloat16, quantize_int8], "float32, compiled": [compile_network],
-        "float32, int8, compiled": [quantize_int8, compile_network],
+        "bfloat16, int8": [LLaDAModelLM.bfloat16, quantize_int8], "float32, compiled": [compiled],
+        "float32, int8, compiled": [quantize_int8, compiled],
     }  # fmt: skip
     for name, steps in changes.items():
         large, small = copy.deepcopy(base.model), copy.deepcopy(bundled.model)

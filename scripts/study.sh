@@ -29,7 +29,7 @@ recipe() { # NAME OVERRIDES...: train it with every seed, then decode with it in
   done
 }
 
-# One recipe, changed in one place at a time. Rows of 576 tokens for all.
+# The first recipe, then others; a step has 2,880 positions in all of them.
 plain=(view.every_block=false view.block_share=0)
 full=("${plain[@]}" packing.attention=full)
 recipe dllm_var

@@ -33,7 +33,7 @@ step() { # NAME HOW-TO-MEND COMMAND...: runs one step and remembers whether it f
 step lint "Many findings mend themselves: ruff check --fix" ruff check
 step formatting "Mend with: ruff format" ruff format --check
 step types "Each line above names a file, a line and what mypy found." mypy
-# Two processes, each file in one of them: half the time on two cores, since no test uses more than one thread.
+# Two processes, each file in one of them: about half the time on two cores, since most tests use one thread.
 step tests "The failures are above; one alone: bash scripts/test.sh -k NAME" python -m pytest -n 2 --dist loadfile "$@"
 
 if ((${#failed[@]})); then

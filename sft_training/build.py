@@ -3,15 +3,12 @@
 Called by ``sft.py`` and ``dataset/inspect_rows.py``.
 """
 
-import atexit
 import os
-import tempfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import PreTrainedTokenizerBase
 
 from dllm_var.model.checkpoint import load_config, load_model
@@ -48,20 +45,6 @@ def build_model(config: SftConfig, dtype: torch.dtype | None = torch.float32) ->
         torch.manual_seed(config.training.seed)
         return LLaDAModelLM(load_config(shape_folder(config))).to(dtype)
     return load_model(shape_folder(config), dtype)
-
-
-def compile_network(model: LLaDAModelLM) -> None:
-    """Compile the network in place; names of weights stay as they are.
-
-    The compiler's cache is new for every start unless the environment names one: a run that is killed while it compiles
-    leaves half a library in it, at which every later run would fail. The shared default counts as none: importing torchao
-    puts it there.
-    """
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
-        cache = tempfile.TemporaryDirectory(prefix="sft-compiled-")
-        atexit.register(cache.cleanup)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
-    model.model.compile(dynamic=False)
 
 
 def world_size() -> int:

@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dllm_var.model.checkpoint import load_config
 from dllm_var.model.llada import LLaDAModelLM
+from dllm_var.model.speed import compile_network
 from dllm_var.pretrained import Pretrained
 from dllm_var.text.special_tokens import SpecialTokens
 from sft_training.adapters import adapter_facts, attach, plan_adapter, save_network
@@ -30,7 +31,6 @@ from sft_training.build import (
     build_model,
     build_stream,
     check_processes,
-    compile_network,
     open_files,
     open_tokenizer,
     sample_rules,
@@ -189,7 +189,7 @@ def prepare(config: SftConfig) -> tuple[SftTrainer, Path | None]:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": way == "zero3"})  # ZeRO-3 hands out its shards while the other kind compares shapes
     if config.training.compile:
-        compile_network(model)
+        compile_network(model, dynamic=False)
     if plan is not None:
         model = attach(network, plan, config.training.seed, args.device)
     folder = Path(config.output_dir)

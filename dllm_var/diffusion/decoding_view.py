@@ -148,8 +148,12 @@ def _behind(
     ids: Ints, response: Bools, noise: Floats, length: int, filler: tuple[int, bool, float]
 ) -> tuple[Ints, Bools, Floats]:
     """The arrays of a sample with `length` tokens behind it; filler: their id, whether they are trained, and their noise."""
-    more = [np.full(length, value, dtype=array.dtype) for value, array in zip(filler, (ids, response, noise), strict=True)]
-    return np.concatenate([ids, more[0]]), np.concatenate([response, more[1]]), np.concatenate([noise, more[2]])
+    token, trained, draw = filler
+    return (
+        np.concatenate([ids, np.full(length, token, dtype=ids.dtype)]),
+        np.concatenate([response, np.full(length, trained)]),
+        np.concatenate([noise, np.full(length, draw, dtype=noise.dtype)]),
+    )
 
 
 def _every_block(piece: Piece, first: int, block: int, filler: tuple[int, bool, float]) -> Piece:

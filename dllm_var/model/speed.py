@@ -1,22 +1,26 @@
-"""Cheaper forwards of a loaded model: int8 weights, compiled kernels, and which number format suits which machine.
+"""Cheaper forwards: int8 weights, compiled kernels, and which number format suits which machine.
 
-Called by `dllm_var.load_pretrained`. What each of them gives was measured with ``scripts/benchmark.py``; the figures stand
-in ``evaluation/results/benchmark.json`` under ``formats``.
+Called by `dllm_var.load_pretrained`, and by ``sft_training/sft.py`` for its `training.compile`. ``scripts/benchmark.py``
+measures what each of them gives when decoding; no result of it has been committed yet.
 """
+
+import atexit
+import os
+import tempfile
 
 import torch
 
 from dllm_var.model.llada import LLaDAModelLM
 
-# Kind of device → format of the weights where the user does not choose; None: as stored. On the CPU of benchmark.json
-# (which computes with bfloat16 natively) both take the same time; on older ones bfloat16 is several times slower.
+# Kind of device → format of the weights where the user does not choose; None: as stored. CPUs that do not compute with
+# bfloat16 natively are several times slower with it.
 FASTEST: dict[str, torch.dtype | None] = {"cpu": torch.float32, "cuda": None}
 
 
 def quantize_int8(model: LLaDAModelLM) -> None:
     """Keep the matrices of the blocks as int8 with a scale for each row, in place; all else stays as it is.
 
-    A forward then reads a quarter (of float32) or half (of bfloat16) as many bytes of weights; activations stay as they are.
+    They then take a quarter of the bytes of float32, half of those of bfloat16; activations stay as they are.
 
     Raises:
         ValueError: torchao is not installed.
@@ -28,6 +32,20 @@ def quantize_int8(model: LLaDAModelLM) -> None:
     quantize_(model.model.transformer["blocks"], Int8WeightOnlyConfig())
 
 
-def compile_network(model: LLaDAModelLM, backend: str = "inductor") -> None:
-    """Compile the network as one graph, in place: the first answers take minutes instead of seconds."""
-    model.model.compile(dynamic=True, backend=backend)
+def compile_network(model: LLaDAModelLM, *, dynamic: bool, backend: str = "inductor") -> None:
+    """Compile the network in place; names of weights stay as they are. The first forwards take minutes instead of seconds.
+
+    The compiler's cache is new for every start unless the environment names one: a run that is killed while it compiles
+    leaves half a library in it, at which every later run would fail. The shared default counts as none: importing torchao
+    puts it there.
+
+    Args:
+        dynamic: whether shapes change from forward to forward, as in decoding; those of training do not.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        cache = tempfile.TemporaryDirectory(prefix="dllm-compiled-")
+        atexit.register(cache.cleanup)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
+    model.model.compile(dynamic=dynamic, backend=backend)

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -19,8 +20,8 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from dllm_var.diffusion.objective import masked_cross_entropy
 from dllm_var.model.checkpoint import load_config, load_model, save_model
 from dllm_var.model.llada import LLaDAModelLM
+from dllm_var.model.speed import compile_network
 from dllm_var.pretrained import resolve_folder
-from sft_training.build import compile_network
 from sft_training.config import Fp8Section, SftConfig
 from sft_training.overrides import compose_settings
 from sft_training.precision import apply_fp8, check_fp8, covered_layers
@@ -69,12 +70,15 @@ def gradients(model: LLaDAModelLM) -> tuple[float, Tensor]:
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_in_fp8_point_where_those_in_bf16_do(dtype: torch.dtype, recipe: str) -> None:
-    plain, wanted = gradients(tiny(dtype))
-    loss, found = gradients(tiny(dtype, backend="torchao", recipe=recipe))
+    torch.manual_seed(0)  # new weights: those of the bundled model would be another matter after every training of it
+    model = LLaDAModelLM(load_config(resolve_folder("tiny"))).to(dtype).train()
+    other = deepcopy(model)
+    apply_fp8(other, "torchao", recipe)
+    (plain, wanted), (loss, found) = gradients(model), gradients(other)
     assert loss == pytest.approx(plain, rel=0.01)
-    assert torch.cosine_similarity(found, wanted, dim=0) > 0.97
+    assert torch.cosine_similarity(found, wanted, dim=0) > 0.99
     error = (found - wanted).norm() / wanted.norm()
-    assert 0.02 < error < 0.25  # bf16 itself is 0.01 from float32: less than 0.02 would not be FP8
+    assert 0.02 < error < 0.15  # bf16 itself is 0.01 from float32: less than 0.02 would not be FP8
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -220,7 +224,7 @@ def test_the_network_compiles_into_one_graph_with_the_same_gradients() -> None:
 def test_the_compiler_gets_a_cache_of_its_own_although_torchao_names_the_shared_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for named, kept in ((default_cache_dir(), False), ("/mine", True)):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", named)
-        compile_network(LLaDAModelLM(load_config(resolve_folder("tiny"))))
+        compile_network(LLaDAModelLM(load_config(resolve_folder("tiny"))), dynamic=False)
         assert (os.environ["TORCHINDUCTOR_CACHE_DIR"] == named) is kept
 
 
