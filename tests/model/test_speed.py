@@ -22,10 +22,10 @@ def test_int8_weights_take_a_byte_each_and_barely_move_the_logits(dtype: torch.d
         exact, rounded = plain(ids).logits.float(), small(ids).logits.float()
     assert rounded.shape == exact.shape
     assert 0 < float((exact - rounded).norm() / exact.norm()) < 0.05
-    block = small.model.transformer["blocks"][0]
-    for name in ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"):
-        stored = getattr(block, name).weight.qdata
-        assert (stored.dtype, stored.shape) == (torch.int8, getattr(plain.model.transformer["blocks"][0], name).weight.shape)
+    for block, before in zip(small.model.transformer["blocks"], plain.model.transformer["blocks"], strict=True):
+        for name in ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"):
+            stored = getattr(block, name).weight.qdata
+            assert (stored.dtype, stored.shape) == (torch.int8, getattr(before, name).weight.shape)
     assert small.dtype == dtype  # embedding, norms and head stay as they are
     assert type(small.model.head_weight) is type(plain.model.head_weight)
 

@@ -90,6 +90,7 @@ def test_a_stream_taken_up_at_any_row_goes_on_with_the_same_rows(make: Make, own
 def test_filled_rows_hold_one_sample_each_and_its_eos_is_masked_now_and_then(make: Make, settings: Any) -> None:
     rows = list(islice(make(*FILLED), 30))
     assert all(len(row.pieces) == 1 and row.real.all() for row in rows)
+    assert all((row.ids != SPECIAL.mask).all() for row in rows)  # what fills a row is EOS, a token like others
     assert all((row.ids[1:][~row.response[:-1] & row.response[1:]]).size == 1 for row in rows)  # one border, then response
     llada = settings("unused.jsonl", *FILLED, "forward_process.always_mask_eos=false", "forward_process.t_min=0.001")
     batch = build_collate(llada, SPECIAL)(rows)
