@@ -13,6 +13,7 @@ from dllm_var import Generation, load_pretrained
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "dataset")]
 
+import eval_ar_twin  # noqa: E402
 from eval_ar_twin import as_llama  # noqa: E402
 from eval_tiny import Score  # noqa: E402
 from tiny_corpus import Problem  # noqa: E402
@@ -80,3 +81,14 @@ def test_the_autoregressive_yardstick_is_our_network_under_a_causal_mask() -> No
     ours = pretrained.model(ids, query_mask=causal).logits
     theirs = as_llama(pretrained.model, pretrained.special)(ids).logits
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+
+
+def test_an_autoregressive_answer_counts_only_when_a_stop_token_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrained = load_pretrained("tiny")
+    assert pretrained.tokenizer is not None
+    text = pretrained.tokenizer.encode("seven", add_special_tokens=False)
+    monkeypatch.setattr(eval_ar_twin, "continuations", lambda *_: [text, [*text, pretrained.special.eos]])
+    found = eval_ar_twin.answer(
+        as_llama(pretrained.model, pretrained.special), pretrained.tokenizer, pretrained.special, ["?"] * 2
+    )
+    assert found == [None, "seven"]
