@@ -30,7 +30,7 @@ grep -qsx "$commit" "$run/commits" || echo "$commit" >> "$run/commits"
 # Large freed buffers stay with the process: page faults would otherwise cost a tenth of the time.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 export OMP_NUM_THREADS="$threads"
-sft() { # both stages: the same data, optimizer and seed
+sft() { # all stages: the same data, optimizer and seed
   "$python" "$root/sft_training/sft.py" dataset.files="$run/train.jsonl" model.tokenizer="$run/start" \
     packing.attention=sample training.grad_accum_steps=1 training.optimizer=muon \
     'training.betas=[0.9,0.98]' training.schedule=wsd training.warmup_steps=100 \
@@ -38,7 +38,7 @@ sft() { # both stages: the same data, optimizer and seed
     training.save_steps=250 training.save_total_limit=2 training.logging_steps=10 "$@"
 }
 
-# Stage 1, a quarter of the whole: predict the next token under a causal mask. Finding an operand in the prompt, and copying it,
+# Stage 1: predict the next token under a causal mask. Finding an operand in the prompt, and copying it,
 # is learnt several times sooner that way (WARM_UP=0 leaves it out).
 origin=(model=scratch model.config="$run/start")
 if [[ "${WARM_UP:-1}" == 1 ]]; then
@@ -51,12 +51,20 @@ if [[ "${WARM_UP:-1}" == 1 ]]; then
 fi
 
 # Stage 2: fill in masks; most samples are shown with all their blocks at once, in the very states that decoding meets.
-sft "${origin[@]}" model.final_dtype=bf16 packing.max_length=576 training.local_batch_size=5 \
-  view.block_share=0.85 view.every_block=true 'view.block_lengths=[8,16,32]' view.tail_share=0.8 view.tail_max=32 \
-  forward_process.t_per=sample forward_process.t_min=0.1 forward_process.t_max=1.0 \
-  training.learning_rate=2e-3 training.max_steps=10000 training.decay_steps=7000 output_dir="$run/sft" "$@"
+fill() {
+  sft packing.max_length=576 training.local_batch_size=5 view.block_share=0.85 view.every_block=true view.tail_share=0.8 \
+    view.tail_max=32 forward_process.t_per=sample forward_process.t_max=1.0 "$@"
+}
+if [[ -n "${TRAIN_ONLY:-}" || ! -e "$run/masked/final/config.json" ]]; then
+  fill "${origin[@]}" 'view.block_lengths=[8,16,32]' forward_process.t_min=0.1 \
+    training.learning_rate=2e-3 training.max_steps=10000 training.decay_steps=7000 output_dir="$run/masked" "$@"
+fi
+if [[ -n "${TRAIN_ONLY:-}" ]]; then exit; fi # the studies train this stage alone and measure for themselves
 
-if [[ -n "${TRAIN_ONLY:-}" ]]; then exit; fi # the studies measure for themselves
+# Stage 3: the states that are still hard. After stage 2 nearly all of the loss is where most of a block is masked.
+fill model=tiny model.path="$run/masked/final" model.final_dtype=bf16 'view.block_lengths=[16,32,32]' forward_process.t_min=0.6 \
+  training.learning_rate=1.5e-3 training.max_steps=8000 training.decay_steps=6000 output_dir="$run/sft" "$@"
+
 "$python" "$root/scripts/eval_tiny.py" --model "$run/sft/final" --output "$run/evaluation.json"
 "$python" "$root/scripts/bundle_tiny.py" --run "$run" --output "$run/bundle"
 echo "finished: $run/bundle (to ship it: copy its files to dllm_var/bundled/tiny)"
