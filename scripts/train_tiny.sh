@@ -30,7 +30,7 @@ grep -qsx "$commit" "$run/commits" || echo "$commit" >> "$run/commits"
 # Large freed buffers stay with the process: page faults would otherwise cost a tenth of the time.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 export OMP_NUM_THREADS="$threads"
-sft() { # all stages: the same data, optimizer and seed
+sft() { # all stages: the same samples, optimizer and seed
   "$python" "$root/sft_training/sft.py" dataset.files="$run/train.jsonl" model.tokenizer="$run/start" \
     packing.attention=sample training.grad_accum_steps=1 training.optimizer=muon \
     'training.betas=[0.9,0.98]' training.schedule=wsd training.warmup_steps=100 \
@@ -62,7 +62,8 @@ fi
 if [[ -n "${TRAIN_ONLY:-}" ]]; then exit; fi # the studies train this stage alone and measure for themselves
 
 # Stage 3: the states that are still hard. After stage 2 nearly all of the loss is where most of a block is masked.
-fill model=tiny model.path="$run/masked/final" model.final_dtype=bf16 'view.block_lengths=[16,32,32]' forward_process.t_min=0.6 \
+fill model=tiny model.path="$run/masked/final" model.final_dtype=bf16 dataset.shuffle_seed=43 \
+  'view.block_lengths=[16,32,32]' forward_process.t_min=0.6 \
   training.learning_rate=1.5e-3 training.max_steps=8000 training.decay_steps=6000 output_dir="$run/sft" "$@"
 
 "$python" "$root/scripts/eval_tiny.py" --model "$run/sft/final" --output "$run/evaluation.json"
