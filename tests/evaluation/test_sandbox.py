@@ -49,6 +49,7 @@ FATES = {  # program: (reasons, what the end of the outcome's text must hold)
     "forged_answers": ("failed", ""),
     "forged_verdict": ("failed", WRONG),
     "fork_bomb": ("failed", WRONG),
+    "limit_signal": ("timeout", "processor time"),
     "links_out_of_the_folder": ("failed", WRONG),
     "memory_bomb": ("memory", "MemoryError"),
     "memory_of_the_judge": ("failed", WRONG),
