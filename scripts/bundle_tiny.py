@@ -52,8 +52,8 @@ problem in {held_out} is held out by the hash of its content, whatever its wordi
 ## Recipe
 
 `bash scripts/train_tiny.sh` at commit {commit}. {start} {steps:,} optimizer steps of
-{tokens_per_step:,} positions ({trained:,} in all, prompts and masks included) with the forward process, loss {loss:.4f} at
-the end. {hours:.1f} hours for all of it on {threads} threads of a shared CPU.
+{tokens_per_step:,} positions ({trained:,} in all masked steps, prompts and masks included) with the forward process, loss
+{loss:.4f} at the end. {hours:.1f} hours for all of it on {threads} threads of a shared CPU.
 
 ```yaml
 {recipe}```
@@ -74,25 +74,43 @@ def read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def beginning(run: Path) -> tuple[str, float]:
-    """A sentence on the weights that the masked stage began with, and the seconds that they took."""
-    if not (run / "warm_up" / "run.json").exists():
-        return "From random weights:", 0.0
-    facts, metrics = read_json(run / "warm_up" / "run.json"), read_metrics(run / "warm_up")
-    steps = facts["max_steps"]
-    words = f"From random weights, {steps:,} steps of next-token prediction under a causal mask, then"
-    return words, max(line.get("seconds", 0.0) for line in metrics)
+def settings_of(stage: Path) -> dict[str, dict[str, Any]]:
+    """The parts of a stage's resolved configuration that make its recipe."""
+    settings = yaml.safe_load((stage / "config.yaml").read_text("utf-8"))
+    return {key: settings[key] for key in ("packing", "view", "forward_process", "loss", "training")}
+
+
+def beginning(run: Path) -> tuple[str, float, int]:
+    """Words on the weights that the last stage began with, the seconds that they took and the masked steps among them."""
+    words, seconds, masked_steps = ["From random weights"], 0.0, 0
+    if (run / "warm_up" / "run.json").exists():
+        words.append(
+            f"{read_json(run / 'warm_up' / 'run.json')['max_steps']:,} steps of next-token prediction under a causal mask"
+        )
+        seconds += max(line.get("seconds", 0.0) for line in read_metrics(run / "warm_up"))
+    if (run / "masked" / "run.json").exists():
+        masked_steps = read_json(run / "masked" / "run.json")["max_steps"]
+        seconds += max(line.get("seconds", 0.0) for line in read_metrics(run / "masked"))
+        last, before = settings_of(run / "sft"), settings_of(run / "masked")
+        other = [
+            f"`{group}.{key}: {value}`"
+            for group, values in before.items()
+            for key, value in values.items()
+            if value != last[group][key]
+        ]
+        words.append(f"{masked_steps:,} optimizer steps of the recipe below with {', '.join(other)}")
+    return ", ".join(words) + (", then" if len(words) > 1 else ":"), seconds, masked_steps
 
 
 def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
     """The model card as Markdown."""
-    facts, settings = read_json(run / "sft" / "run.json"), yaml.safe_load((run / "sft" / "config.yaml").read_text("utf-8"))
+    facts, settings = read_json(run / "sft" / "run.json"), settings_of(run / "sft")
     metrics = read_metrics(run / "sft")
-    start, warm_up_seconds = beginning(run)
+    start, seconds_before, steps_before = beginning(run)
     losses = [line["loss"] for line in metrics if "loss" in line]
     names = list(evaluation["settings"])
     first = evaluation["settings"][names[0]]["tasks"]
-    seconds = warm_up_seconds + max(line["seconds"] for line in metrics if "seconds" in line)
+    seconds = seconds_before + max(line["seconds"] for line in metrics if "seconds" in line)
     rows = []
     for task in first:
         exact = " | ".join(f"{evaluation['settings'][name]['tasks'][task]['exact']:.3f}" for name in names)
@@ -101,7 +119,6 @@ def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
     mean = evaluation["settings"][names[0]]
     exact = " | ".join(f"{evaluation['settings'][name]['macro_exact']:.3f}" for name in names)
     rows.append(f"| **mean** | {exact} | {mean['by_eos']:.3f} | {mean['tokens_per_forward']:.1f} | |")
-    recipe = {key: settings[key] for key in ("packing", "view", "forward_process", "loss", "training")}
     return CARD.format(
         parameters=facts["parameters"], prompts=evaluation["prompts_per_task"], threshold=evaluation["threshold"],
         columns=" | ".join(names), rule="---|" * len(names), table="\n".join(rows),
@@ -109,9 +126,9 @@ def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
         samples=facts["samples"], held_out=HELD_OUT_SHARE, commit=commit,
         steps=facts["max_steps"],
         tokens_per_step=facts["tokens_per_step"],
-        trained=facts["max_steps"] * facts["tokens_per_step"],
+        trained=(steps_before + facts["max_steps"]) * facts["tokens_per_step"],
         loss=sum(losses[-20:]) / len(losses[-20:]), hours=seconds / 3600, threads=facts["threads"],
-        recipe=yaml.safe_dump(recipe, sort_keys=False), block_share=settings["view"]["block_share"],
+        recipe=yaml.safe_dump(settings_of(run / "sft"), sort_keys=False), block_share=settings["view"]["block_share"],
         tail_share=settings["view"]["tail_share"], start=start,
         tail_label="; what stands behind an answer is trained to be EOS" * settings["view"].get("tail_eos", False),
         at_once=", all blocks of a sample at once" if settings["view"]["every_block"] else "",

@@ -26,8 +26,13 @@ def finished_run(folder: Path) -> Path:
         "packing": {"max_length": 256},
         "view": {"block_share": 0.4, "tail_share": 0.8, "every_block": True, "tail_eos": True},
     }
-    settings |= {name: {} for name in ("forward_process", "loss", "training")}
+    settings |= {"forward_process": {"t_min": 0.6, "t_max": 1.0}, "loss": {}, "training": {}}
     (folder / "sft" / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    (folder / "masked").mkdir()
+    (folder / "masked" / "run.json").write_text('{"max_steps": 30}', encoding="utf-8")
+    (folder / "masked" / "metrics.jsonl").write_text('{"step": 30, "seconds": 900}\n', encoding="utf-8")
+    settings["forward_process"]["t_min"] = 0.1
+    (folder / "masked" / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     score = {"exact": 0.875, "by_eos": 1.0, "right_length": 0.9, "tokens_per_forward": 5.5, "longest": 12}
     one = {"macro_exact": 0.875, "by_eos": 1.0, "tokens_per_forward": 5.5, "tasks": {"spell": score}}
     evaluation = {"prompts_per_task": 500, "threshold": 0.9, "settings": {"block 32": one, "no cache": one}}
@@ -47,8 +52,12 @@ def test_the_card_states_what_the_run_recorded_and_the_folder_opens(tmp_path: Pa
     subprocess.run(command, check=True, timeout=120)
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "| spell | 0.875 | 0.875 | 1.000 | 5.5 | 12 |" in card
-    assert "70 optimizer steps of 3,072 positions" in card.replace("\n", " ")
-    assert "1.5 hours" in card.replace("\n", " ")
+    words = card.replace("\n", " ")
+    assert (
+        "30 optimizer steps of the recipe below with `forward_process.t_min: 0.1`, then 70 optimizer steps of 3,072" in words
+    )
+    assert "(307,200 in all masked steps" in words
+    assert "1.8 hours" in words
     assert "at commit abc1234, abd5678. From random weights, 1,200 steps of next-token prediction" in card
     assert json.loads((output / "token_freq.json").read_text(encoding="utf-8"))["num_token"] > 3
     assert "1,234 samples" in card
