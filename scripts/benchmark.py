@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_report import BARE, LEFT_TO_RIGHT, OURS, failures, tables
+from benchmark_report import BARE, LEFT_TO_RIGHT, OURS, PARTS, failures, tables
 from eval_ar_twin import answer, as_llama, continuations
 from forward_counts import (
     H100_BANDWIDTH,
@@ -309,7 +309,10 @@ def main() -> None:
     for file in filter(None, (args.check, args.table)):
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            absent = [part for part in PARTS if part not in result]
+            if absent:
+                raise ValueError(f"it has no {', '.join(absent)}")
+        except (OSError, ValueError, TypeError) as error:
             parser.error(f"{file} cannot be read as a result of this script: {error}")
         if args.check is None:
             print(tables(result))

@@ -3,6 +3,7 @@
 import statistics
 from typing import Any
 
+PARTS = ("environment", "holding", "single", "engine", "large", "formats", "accuracy", "at_best")  # of a result
 OURS, BARE, LEFT_TO_RIGHT = "dLLM-Var", "bare forwards", "autoregressive"
 
 
@@ -10,7 +11,9 @@ def spread(found: dict[str, float]) -> str:
     """A ratio with its interval, or that it is unclear."""
     if found["low"] <= 1.0 <= found["high"]:
         return "unclear"
-    return f"{found['median']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    digits = 2 if found["median"] < 10.0 else 1 if found["median"] < 100.0 else 0
+    median, low, high = (f"{found[name]:,.{digits}f}" for name in ("median", "low", "high"))
+    return f"{median} [{low}, {high}]"
 
 
 def failures(result: dict[str, Any]) -> list[str]:
@@ -58,11 +61,15 @@ def tables(result: dict[str, Any]) -> str:
         per_token = f"{flops / tokens / 1e6:.1f} | {moved / tokens / 1e6:.1f}"
         lines.append(f"| {name} | {forwards:.1f} | {positions:.0f} | {per_token} | {time} | {1000 * h100:.0f} ms |")
     share = result["at_best"] / single["seconds"][OURS]
+    answer = statistics.fmean(single["tokens"][OURS])
+    canvases = {name: options["gen_length"] for name, options in single["ways"].items() if name[6:].isdecimal()}
+    longer = ", ".join(f"{length / answer:.1f} ({name})" for name, length in canvases.items())
     lines += [
         "",
-        f"Means over {problems} problems; time is the median of the ratios on the same problem, with its 95 % interval. The "
-        f"loop takes {spread(single['overhead'])} times its bare forwards, with {large['parameters'] / 1e6:.0f} M weights "
-        f"{spread(large['overhead'])}; peak memory there is {large['memory']:.2f} times weights and store. It reaches "
+        f"Means over {problems} problems; time is the median of the ratios on the same problem, with its 95 % interval, "
+        f"unclear where that holds 1. The canvas alone is longer than our answers by a factor of {longer}. Time of the loop "
+        f"÷ its bare forwards: {spread(single['overhead'])}; with {large['parameters'] / 1e6:.0f} M weights: "
+        f"{spread(large['overhead'])}; peak memory there is {large['memory']:.2f} times weights and store. The loop reaches "
         f"{share:.0%} of what {where['matmul_rate'] / 1e9:.0f} GFLOP/s and {where['copy_rate'] / 1e9:.0f} GB/s allow "
         f"({where['cpu']}, {where['threads']} thread, torch {where['torch']}, {where['date']}).",
         "",

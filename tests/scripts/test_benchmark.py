@@ -1,6 +1,7 @@
 """The benchmark of decoding: its counts are those of the forwards that run, and every bar is held against them."""
 
 import json
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_var import GenerationConfig, Pretrained, generate, load_pretrained
 
+RESULT = Path(__file__).parents[2] / "evaluation" / "results" / "benchmark.json"
 QUESTION = "Write 4072 in words."
 
 
@@ -160,3 +162,33 @@ def test_without_an_autoregressive_model_its_bar_is_not_met() -> None:
     result = good()
     del result["single"]["ratio"]["autoregressive"]
     assert failures(result) == ["no autoregressive model was measured: give --twin"]
+
+
+@pytest.mark.parametrize("text", ['{"single": {}}', "[]", "{"])
+def test_another_file_is_not_taken_for_a_result(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    file = tmp_path / "other.json"
+    file.write_text(text)
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "--check", str(file)])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert f"{file} cannot be read as a result of this script" in capsys.readouterr().err
+
+
+def test_the_exact_columns_of_the_committed_result_come_out_again(benchmark: ModuleType, tiny: Pretrained) -> None:
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    single = result["single"]
+    problems = benchmark.chosen(len(single["tokens"][benchmark.OURS]))
+    assert result["holding"] == benchmark.holding_length(tiny, benchmark.chosen(600))
+    assert single["ways"] == benchmark.arms(result["holding"])
+    double = Pretrained(type(tiny.model)(tiny.model.config).double().eval(), tiny.tokenizer, tiny.special)
+    double.model.load_state_dict(tiny.model.state_dict())
+    for name in ("LLaDA 1024", "LLaDA 256, parallel", benchmark.OURS, "dLLM-Var, no cache"):
+        found = [list(vars(benchmark.cost(double, problem, single["ways"][name])).values()) for problem in problems]
+        assert found == single["costs"][name], name
+
+
+def test_the_readme_shows_the_committed_result() -> None:
+    shown = (RESULT.parents[2] / "README.md").read_text(encoding="utf-8")
+    assert tables(json.loads(RESULT.read_text(encoding="utf-8"))) in shown
