@@ -11,6 +11,8 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 run="${1:-$root/runs/tiny}"
 steps="${STEPS:-800}"
 python="${PYTHON:-$root/.venv/bin/python}"
+[[ -e "$run/sft/final/config.json" ]] ||
+  { echo "$run has no sft/final: run bash scripts/train_tiny.sh $run first" >&2; exit 1; }
 
 for share in 0 0.1; do
   out="$run/editing/share_$share"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Why: makes the bundled model from nothing: corpus, tokenizer, training through sft_training/sft.py.
-# How: bash scripts/train_tiny.sh [RUN_FOLDER] [hydra overrides …]; run it again after any stop, it goes on where it was.
-# The finished model, measured and with its card, is RUN_FOLDER/bundle.
+# How: bash scripts/train_tiny.sh [RUN_FOLDER] [hydra overrides of stages 2 and 3 …]; run it again after any stop, it goes on
+# where it was. The finished model, measured and with its card, is RUN_FOLDER/bundle.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 run="${1:-$root/runs/tiny}"

@@ -93,6 +93,16 @@ def test_without_a_warm_up_the_study_says_what_to_run_first(tmp_path: Path) -> N
     assert "run bash scripts/train_tiny.sh" in ran.stderr
 
 
+def test_without_a_finished_run_the_editing_study_says_what_to_run_first_and_makes_nothing(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        ["bash", ROOT / "scripts/study_editing.sh", tmp_path / "run"], env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert "run bash scripts/train_tiny.sh" in ran.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_way_of_decoding_answers_every_task(measure: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for options in measure.WAYS.values():
         for name in ("gen_length", "max_gen_length"):
