@@ -45,10 +45,13 @@ class Problem:
     content: str
     instruction: str
     output: str
+    basic: bool = False  # what the others of its task are made of; nothing else teaches it, so it is never held out
 
     @property
     def held_out(self) -> bool:
         """Whether this content is reserved for evaluation."""
+        if self.basic:
+            return False
         digest = hashlib.sha256(f"{self.task}|{self.content}".encode()).digest()
         return int.from_bytes(digest[:4], "big") % HELD_OUT_SHARE == 0
 
@@ -68,7 +71,7 @@ def spell(r: random.Random) -> Problem:
     """A number in words."""
     n = r.randrange(10 ** r.randint(1, 6))
     wording = r.choice(["Write {} in words.", "Spell out the number {}.", "How do you say {} in English?"])
-    return Problem("spell", str(n), wording.format(n), in_words(n))
+    return Problem("spell", str(n), wording.format(n), in_words(n), basic=n < 100)
 
 
 def add(r: random.Random) -> Problem:
@@ -253,6 +256,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, help="folder for train/ and held_out/ (JSON Lines)")
     parser.add_argument("--samples", type=int, default=200_000, help="training samples, the tasks in turn")
+    parser.add_argument("--turns", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK",
+                        help="the tasks that take turns; one that is named twice comes twice (default: each once)")  # fmt: skip
     parser.add_argument("--held_out_samples", type=int, default=600, help="samples of the part that is never trained on")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--show", type=int, metavar="N", help="print N problems of each task instead")
@@ -267,12 +272,12 @@ def main() -> None:
     if args.output_dir is None:
         parser.error("give --output_dir FOLDER, or --show N to look at some problems")
     for part, samples in (("train", args.samples), ("held_out", args.held_out_samples)):
-        streams = [problems(task, args.seed, held_out=part == "held_out") for task in TASKS]
+        streams = {task: problems(task, args.seed, held_out=part == "held_out") for task in args.turns}
         folder = args.output_dir / part
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "problems.jsonl", "w", encoding="utf-8") as out:
             for i in range(samples):
-                problem = next(streams[i % len(streams)])
+                problem = next(streams[args.turns[i % len(args.turns)]])
                 out.write(json.dumps({"instruction": problem.instruction, "input": None, "output": problem.output}) + "\n")
 
 

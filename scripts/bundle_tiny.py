@@ -88,17 +88,20 @@ def beginning(run: Path) -> tuple[str, float, int]:
             f"{read_json(run / 'warm_up' / 'run.json')['max_steps']:,} steps of next-token prediction under a causal mask"
         )
         seconds += max(line.get("seconds", 0.0) for line in read_metrics(run / "warm_up"))
-    if (run / "masked" / "run.json").exists():
-        masked_steps = read_json(run / "masked" / "run.json")["max_steps"]
-        seconds += max(line.get("seconds", 0.0) for line in read_metrics(run / "masked"))
-        last, before = settings_of(run / "sft"), settings_of(run / "masked")
+    last = settings_of(run / "sft")
+    for stage in (run / "masked", run / "hard"):
+        if not (stage / "run.json").exists():
+            continue
+        steps = read_json(stage / "run.json")["max_steps"]
+        masked_steps += steps
+        seconds += max(line.get("seconds", 0.0) for line in read_metrics(stage))
         other = [
             f"`{group}.{key}: {value}`"
-            for group, values in before.items()
+            for group, values in settings_of(stage).items()
             for key, value in values.items()
             if value != last[group][key]
         ]
-        words.append(f"{masked_steps:,} optimizer steps of the recipe below with {', '.join(other)}")
+        words.append(f"{steps:,} optimizer steps of the recipe below with {', '.join(other)}")
     return ", ".join(words) + (", then" if len(words) > 1 else ":"), seconds, masked_steps
 
 

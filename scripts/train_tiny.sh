@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Why: makes the bundled model from nothing: corpus, tokenizer, training through sft_training/sft.py.
-# How: bash scripts/train_tiny.sh [RUN_FOLDER] [hydra overrides of stages 2 and 3 …]; run it again after any stop, it goes on
+# How: bash scripts/train_tiny.sh [RUN_FOLDER] [hydra overrides of stages 2 to 4 …]; run it again after any stop, it goes on
 # where it was. The finished model, measured and with its card, is RUN_FOLDER/bundle.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -10,18 +10,23 @@ python="${PYTHON:-$root/.venv/bin/python}"
 command -v "$python" >/dev/null || { echo "there is no $python: run bash install.sh first, or give PYTHON=…" >&2; exit 1; }
 threads="${THREADS:-$(nproc)}"
 
-if [[ ! -e "$run/text/done" ]]; then
-  echo "corpus: $run/text"
-  "$python" "$root/dataset/tiny_corpus.py" --output_dir "$run/text" --samples "${SAMPLES:-300000}" --seed 1
-  touch "$run/text/done"
-fi
+corpus() { # FOLDER SEED [options of tiny_corpus.py]: make the samples, once
+  if [[ ! -e "$1/done" ]]; then
+    echo "corpus: $1"
+    "$python" "$root/dataset/tiny_corpus.py" --output_dir "$1" --samples "${SAMPLES:-300000}" --seed "$2" "${@:3}"
+    touch "$1/done"
+  fi
+}
+tokens() { # INPUT_DIR OUTPUT_FILE
+  "$python" "$root/dataset/transfer_text2token.py" --input_dir "$1" --output_file "$2" \
+    --tokenizer_model "$run/start" --max_length 288 --num_workers "$threads" --template chat
+}
+corpus "$run/text" 1
 if [[ ! -e "$run/start/config.json" ]]; then
   "$python" "$root/dataset/tiny_tokenizer.py" --text "$run/text/train/problems.jsonl" --output_dir "$run/start"
 fi
-for part in train held_out; do
-  "$python" "$root/dataset/transfer_text2token.py" --input_dir "$run/text/$part" --output_file "$run/$part.jsonl" \
-    --tokenizer_model "$run/start" --max_length 288 --num_workers "$threads" --template chat
-done
+tokens "$run/text/train" "$run/train.jsonl"
+tokens "$run/text/held_out" "$run/held_out.jsonl"
 
 mkdir -p "$run"
 commit="$(git -C "$root" describe --always --dirty 2>/dev/null || echo unknown)" # the code of every start, for the model card
@@ -30,7 +35,7 @@ grep -qsx "$commit" "$run/commits" || echo "$commit" >> "$run/commits"
 # Large freed buffers stay with the process: page faults would otherwise cost a tenth of the time.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 export OMP_NUM_THREADS="$threads"
-sft() { # all stages: the same samples, optimizer and seed
+sft() { # all stages: the same optimizer and seed
   "$python" "$root/sft_training/sft.py" dataset.files="$run/train.jsonl" model.tokenizer="$run/start" \
     packing.attention=sample training.grad_accum_steps=1 training.optimizer=muon \
     'training.betas=[0.9,0.98]' training.schedule=wsd training.warmup_steps=100 \
@@ -62,9 +67,17 @@ fi
 if [[ -n "${TRAIN_ONLY:-}" ]]; then exit; fi # the studies train this stage alone and measure for themselves
 
 # Stage 3: the states that are still hard. After stage 2 nearly all of the loss is where most of a block is masked.
-fill model=tiny model.path="$run/masked/final" model.final_dtype=bf16 dataset.shuffle_seed=43 \
-  'view.block_lengths=[16,32,32]' forward_process.t_min=0.6 \
-  training.learning_rate=1.5e-3 training.max_steps=8000 training.decay_steps=6000 output_dir="$run/sft" "$@"
+hard() { fill model=tiny forward_process.t_min=0.6 "$@"; }
+if [[ ! -e "$run/hard/final/config.json" ]]; then
+  hard model.path="$run/masked/final" 'view.block_lengths=[16,32,32]' dataset.shuffle_seed=43 \
+    training.learning_rate=1.5e-3 training.max_steps=8000 training.decay_steps=6000 output_dir="$run/hard" "$@"
+fi
+
+# Stage 4: the tasks that are still hard, on new samples: word problems three times as often, JSON twice.
+corpus "$run/more" 2 --turns spell word add json word table count json word
+tokens "$run/more/train" "$run/more.jsonl"
+hard model.path="$run/hard/final" model.final_dtype=bf16 'view.block_lengths=[16,32,32,32]' dataset.files="$run/more.jsonl" \
+  training.learning_rate=1e-3 training.max_steps=7000 training.decay_steps=6500 output_dir="$run/sft" "$@"
 
 "$python" "$root/scripts/eval_tiny.py" --model "$run/sft/final" --output "$run/evaluation.json"
 "$python" "$root/scripts/bundle_tiny.py" --run "$run" --output "$run/bundle"
