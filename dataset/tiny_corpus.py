@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, help="folder for train/ and held_out/ (JSON Lines)")
     parser.add_argument("--samples", type=int, default=200_000, help="training samples, the tasks in turn")
     parser.add_argument("--turns", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK",
-                        help="the tasks that take turns; one that is named twice comes twice (default: each once)")  # fmt: skip
+                        help="the tasks that take turns; one named twice comes twice (default: each once)")  # fmt: skip
     parser.add_argument("--held_out_samples", type=int, default=600, help="samples of the part that is never trained on")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--show", type=int, metavar="N", help="print N problems of each task instead")
