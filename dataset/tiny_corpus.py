@@ -45,12 +45,14 @@ class Problem:
     content: str
     instruction: str
     output: str
-    basic: bool = False  # what the others of its task are made of; nothing else teaches it, so it is never held out
 
     @property
     def held_out(self) -> bool:
-        """Whether this content is reserved for evaluation."""
-        if self.basic:
+        """Whether this content is reserved for evaluation.
+
+        The numbers below 100 never are: the words of all others are made of theirs, and nothing else teaches those.
+        """
+        if self.task == "spell" and int(self.content) < 100:
             return False
         digest = hashlib.sha256(f"{self.task}|{self.content}".encode()).digest()
         return int.from_bytes(digest[:4], "big") % HELD_OUT_SHARE == 0
@@ -71,7 +73,7 @@ def spell(r: random.Random) -> Problem:
     """A number in words."""
     n = r.randrange(10 ** r.randint(1, 6))
     wording = r.choice(["Write {} in words.", "Spell out the number {}.", "How do you say {} in English?"])
-    return Problem("spell", str(n), wording.format(n), in_words(n), basic=n < 100)
+    return Problem("spell", str(n), wording.format(n), in_words(n))
 
 
 def add(r: random.Random) -> Problem:
@@ -279,6 +281,8 @@ def main() -> None:
             for i in range(samples):
                 problem = next(streams[args.turns[i % len(args.turns)]])
                 out.write(json.dumps({"instruction": problem.instruction, "input": None, "output": problem.output}) + "\n")
+    made = {"samples": args.samples, "seed": args.seed, "turns": args.turns}
+    (args.output_dir / "made.json").write_text(json.dumps(made) + "\n", encoding="utf-8")  # last: the files are complete
 
 
 if __name__ == "__main__":

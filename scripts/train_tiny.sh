@@ -11,11 +11,9 @@ command -v "$python" >/dev/null || { echo "there is no $python: run bash install
 threads="${THREADS:-$(nproc)}"
 
 corpus() { # FOLDER SEED [options of tiny_corpus.py]: make the samples, once
-  if [[ ! -e "$1/done" ]]; then
-    echo "corpus: $1"
-    "$python" "$root/dataset/tiny_corpus.py" --output_dir "$1" --samples "${SAMPLES:-300000}" --seed "$2" "${@:3}"
-    touch "$1/done"
-  fi
+  [[ -e "$1/made.json" ]] && return
+  echo "corpus: $1"
+  "$python" "$root/dataset/tiny_corpus.py" --output_dir "$1" --samples "${SAMPLES:-300000}" --seed "$2" "${@:3}"
 }
 tokens() { # INPUT_DIR OUTPUT_FILE
   "$python" "$root/dataset/transfer_text2token.py" --input_dir "$1" --output_file "$2" \

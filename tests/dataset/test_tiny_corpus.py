@@ -117,6 +117,23 @@ def test_the_written_files_hold_both_parts(tmp_path: Path) -> None:
         assert len(lines) == number
         made = [next(iter(problems(task, 1, held_out=part == "held_out"))) for task in TASKS]
         assert [json.loads(line)["output"] for line in lines[: len(TASKS)]] == [p.output for p in made]
+    made_of = json.loads((tmp_path / "made.json").read_text(encoding="utf-8"))
+    assert made_of == {"samples": 60, "seed": 1, "turns": list(TASKS)}
+
+
+def test_a_task_that_is_named_twice_comes_twice_and_never_with_the_same_problem(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "dataset" / "tiny_corpus.py"), "--output_dir", str(tmp_path)]
+    subprocess.run([*command, "--samples", "9", "--turns", "word", "add", "word"], check=True)
+    lines = (tmp_path / "train" / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+    words, sums = (list(islice(problems(task, 1, held_out=False), 6)) for task in ("word", "add"))
+    expected = [words[0], sums[0], words[1], words[2], sums[1], words[3], words[4], sums[2], words[5]]
+    assert [json.loads(line)["output"] for line in lines] == [p.output for p in expected]
+
+
+def test_no_number_below_a_hundred_is_held_out_in_words_but_others_are() -> None:
+    held_out = {int(p.content) for p in some("spell", 2000, held_out=True)}
+    assert min(held_out) >= 100
+    assert any(n < 1000 for n in held_out)
 
 
 def test_a_share_of_one_in_eight_is_held_out() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from dataset.tiny_corpus import TASKS
 from dllm_var import load_pretrained
 from dllm_var.model.checkpoint import save_model
 
@@ -42,6 +43,9 @@ def finished_run(folder: Path) -> Path:
     (folder / "warm_up" / "metrics.jsonl").write_text('{"step": 1200, "seconds": 1800}\n', encoding="utf-8")
     (folder / "text" / "train").mkdir(parents=True)
     (folder / "text" / "train" / "problems.jsonl").write_text('{"instruction": "Add 1", "input": "", "output": "3"}\n')
+    (folder / "more").mkdir()
+    (folder / "text" / "made.json").write_text(json.dumps({"samples": 1234, "seed": 1, "turns": list(TASKS)}))
+    (folder / "more" / "made.json").write_text('{"samples": 99, "seed": 2, "turns": ["add", "word", "word"]}')
     (folder / "commits").write_text("abc1234\nabd5678\n", encoding="utf-8")
     return folder
 
@@ -60,7 +64,7 @@ def test_the_card_states_what_the_run_recorded_and_the_folder_opens(tmp_path: Pa
     assert "1.8 hours" in words
     assert "at commit abc1234, abd5678. From random weights, 1,200 steps of next-token prediction" in card
     assert json.loads((output / "token_freq.json").read_text(encoding="utf-8"))["num_token"] > 3
-    assert "1,234 samples" in card
+    assert "1,234 samples (seed 1, the tasks in turn), then 99 samples (seed 2, in turn add, word, word)" in words
     assert "40% are shown as block decoding meets them, all blocks of a sample at once" in card.replace("\n", " ")
     assert len(json.loads((output / "examples.json").read_text(encoding="utf-8"))) == 6
     assert load_pretrained(output).model.num_parameters() == 2_828_736

@@ -45,7 +45,7 @@ def report(script: Any) -> ModuleType:
 def study(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
     """Run the script with a stand-in for Python; what it said, and every call."""
     run, log, stand_in = tmp_path / "run", tmp_path / "calls", tmp_path / "python"
-    for done in ("text/done", "start/config.json", "warm_up/final/config.json"):
+    for done in ("text/made.json", "start/config.json", "warm_up/final/config.json"):
         (run / done).parent.mkdir(parents=True, exist_ok=True)
         (run / done).touch()
     stand_in.write_text(STAND_IN.format(python=sys.executable, log=str(log)), encoding="utf-8")
