@@ -9,38 +9,38 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 run="${1:-$root/runs/tiny}"
 steps="${STEPS:-1500}"
 seeds="${SEEDS:-1 2 3}"
-prompts="${PROMPTS:-100}"
+prompts="${PROMPTS:-50}"
 python="${PYTHON:-$root/.venv/bin/python}"
 command -v "$python" >/dev/null || { echo "there is no $python: run bash install.sh first, or give PYTHON=…" >&2; exit 1; }
 [[ -e "$run/warm_up/final/config.json" ]] ||
   { echo "$run has no warm_up/final: run bash scripts/train_tiny.sh $run first" >&2; exit 1; }
 
-recipe() { # NAME OVERRIDES...: train it with every seed, then decode with it in every way
-  local name="$1" seed out
+recipe() { # NAME OVERRIDES...: train it with this seed, then decode with it in the ways of `measured`
+  local name="$1" out="$run/study/$steps/$1-$seed"
   shift
-  for seed in $seeds; do
-    out="$run/study/$steps/$name-$seed"
-    if [[ ! -e "$out/final/config.json" ]]; then
-      TRAIN_ONLY=1 bash "$root/scripts/train_tiny.sh" "$run" training.max_steps="$steps" training.decay_steps=$((steps / 2)) \
-        training.save_total_limit=1 training.seed="$seed" output_dir="$out" "$@"
-    fi
-    "$python" "$root/scripts/study_measure.py" --model "$out/final" --prompts "$prompts" --output "$out.json" \
-      $([[ "$name" != autoregressive ]] || echo --autoregressive)
-  done
+  if [[ ! -e "$out/final/config.json" ]]; then
+    TRAIN_ONLY=1 bash "$root/scripts/train_tiny.sh" "$run" training.max_steps="$steps" training.decay_steps=$((steps / 2)) \
+      training.save_total_limit=1 training.seed="$seed" output_dir="$out" "$@"
+  fi
+  "$python" "$root/scripts/study_measure.py" --model "$out/final" --output "$out.json" "${measured[@]}"
 }
 
-# The first recipe, then others; a step has 2,880 positions in all of them.
+# A step has 2,880 positions in all recipes.
 plain=(view.every_block=false view.block_share=0)
 full=("${plain[@]}" packing.attention=full)
-recipe dllm_var
-recipe tail_eos view.tail_eos=true
-recipe no_block_views "${plain[@]}"
-recipe published "${full[@]}" view.tail_share=0 view.tail_max=0 forward_process.t_max=0.9 forward_process.t_per=row
-recipe tails "${full[@]}"
-recipe eos_maskable forward_process.always_mask_eos=false
-recipe t_0_1 forward_process.t_min=0.001
-recipe llada_sft "${plain[@]}" view.fill=true view.tail_share=0 view.tail_max=0 forward_process.always_mask_eos=false \
-  forward_process.t_min=0.001 loss.name=elbo packing.max_length=288 training.local_batch_size=10
-recipe autoregressive "${plain[@]}" loss.name=next_token view.tail_share=0 view.tail_max=0
-
-"$python" "$root/scripts/study_report.py" --input "$run/study/$steps" --output "$run/study/$steps/report"
+for seed in $seeds; do # a whole table first, then the next seed makes it surer
+  measured=(--prompts "$prompts")
+  recipe dllm_var
+  recipe published "${full[@]}" view.tail_share=0 view.tail_max=0 forward_process.t_max=0.9 forward_process.t_per=row
+  recipe llada_sft "${plain[@]}" view.fill=true view.tail_share=0 view.tail_max=0 forward_process.always_mask_eos=false \
+    forward_process.t_min=0.001 loss.name=elbo packing.max_length=288 training.local_batch_size=10
+  measured=(--prompts "$prompts" --autoregressive)
+  recipe autoregressive "${plain[@]}" loss.name=next_token view.tail_share=0 view.tail_max=0
+  measured=(--prompts "$prompts" --ways "EOS-led blocks" "EOS-led blocks, 1024") # what one change of the first recipe does
+  recipe eos_maskable forward_process.always_mask_eos=false
+  recipe tail_eos view.tail_eos=true
+  recipe no_block_views "${plain[@]}"
+  recipe tails "${full[@]}"
+  recipe t_0_1 forward_process.t_min=0.001
+  "$python" "$root/scripts/study_report.py" --input "$run/study/$steps" --output "$run/study/$steps/report"
+done

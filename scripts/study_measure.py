@@ -9,7 +9,6 @@ How: called by ``study.sh``; ``python scripts/study_measure.py --model FOLDER --
 import dllm_var.quiet  # isort: skip (before transformers)
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from eval_ar_twin import as_llama, continuations
 from rich.progress import Progress
 
@@ -46,10 +44,10 @@ WAYS: dict[str, dict[str, Any]] = {
 Answer = Callable[[list[str]], list[Generation]]
 
 
-def ways(model: Pretrained, autoregressive: bool) -> dict[str, Answer]:
+def ways(model: Pretrained, autoregressive: bool, names: Sequence[str]) -> dict[str, Answer]:
     """Name → what answers prompts in that way."""
     if not autoregressive:
-        configs = {name: GenerationConfig(**options) for name, options in WAYS.items()}
+        configs = {name: GenerationConfig(**WAYS[name]) for name in names}
         return {
             name: lambda prompts, c=c: dllm_var.generate(model, prompts, c, batch_size=16) for name, c in configs.items()
         }  # type: ignore[misc]
@@ -74,11 +72,13 @@ def _as_generation(row: list[int], prompt: int, stop: Sequence[int], tokenizer: 
     return Generation(tokens, row, reason, len(row), prompt + len(row) - 1, none, [1.0] * len(row), none, text)
 
 
-def measure(model: Pretrained, autoregressive: bool, prompts: int) -> list[dict[str, Any]]:
+def measure(
+    model: Pretrained, autoregressive: bool, prompts: int, names: Sequence[str] = tuple(WAYS)
+) -> list[dict[str, Any]]:
     """A record for each way and task: its outcomes, and the seconds that they took together."""
     assert model.tokenizer is not None
     problems: dict[str, list[Problem]] = {task: fresh_prompts(task, SEED, prompts) for task in TASKS}
-    chosen, made = ways(model, autoregressive), []
+    chosen, made = ways(model, autoregressive, names), []
     with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
         line = progress.add_task("measuring", total=len(chosen) * len(TASKS))
         for name, answer in chosen.items():
@@ -97,6 +97,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a checkpoint")
     parser.add_argument("--autoregressive", action="store_true", help="it was trained to predict the next token")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY",
+                        help=f"ways of decoding: {', '.join(WAYS)}; default all")  # fmt: skip
     parser.add_argument("--prompts", type=int, default=100, help="held-out problems per task")
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     args = parser.parse_args()
@@ -105,9 +107,8 @@ def main() -> None:
     if args.output.exists():
         print(f"{args.output} is there already")
         return
-    torch.set_num_threads(os.cpu_count() or 1)
     try:
-        records = measure(dllm_var.load_pretrained(args.model), args.autoregressive, args.prompts)
+        records = measure(dllm_var.load_pretrained(args.model), args.autoregressive, args.prompts, args.ways)
     except ValueError as error:
         parser.error(str(error))
     result = {"fields": list(Outcome.__dataclass_fields__), "prompts_per_task": args.prompts, "records": records}
