@@ -10,7 +10,7 @@ python="${PYTHON:-$root/.venv/bin/python}"
 command -v "$python" >/dev/null || { echo "there is no $python: run bash install.sh first, or give PYTHON=…" >&2; exit 1; }
 threads="${THREADS:-$(nproc)}"
 
-corpus() { # FOLDER SEED [options of tiny_corpus.py]: make the samples, once
+corpus() { # FOLDER SEED [more options]: make the samples, once
   [[ -e "$1/made.json" ]] && return
   echo "corpus: $1"
   "$python" "$root/dataset/tiny_corpus.py" --output_dir "$1" --samples "${SAMPLES:-300000}" --seed "$2" "${@:3}"

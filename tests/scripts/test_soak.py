@@ -24,11 +24,12 @@ def found() -> dict[str, Any]:
     return result
 
 
-def test_a_short_run_loses_nothing(soak: ModuleType) -> None:
+def test_a_short_run_loses_nothing(soak: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "COMPARED", 5)  # of every fiftieth of so few, each might have been cancelled
     found = soak.soak(load_pretrained("tiny"), 150, 8, 1)
     assert found["ended"] == 150 == sum(found["stop_reasons"].values())
     assert {"cancelled", "forwards", "deadline", "eos"} <= set(found["stop_reasons"])
-    assert found["compared"] >= 1
+    assert found["compared"] >= 5
     assert [line for line in soak.complaints(found) if "memory" not in line] == []  # so short a run still warms up
 
 
