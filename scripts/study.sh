@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Why: the paper's table at laptop scale: what each part of the recipe does, on the same network, data, steps and seeds.
 # How: bash scripts/study.sh [RUN_FOLDER], after scripts/train_tiny.sh has made that folder's data and its autoregressive
-# warm-up, from which every recipe starts. STEPS (default 1500) steps for each of SEEDS (default "1 2 3"): a night on two cores.
+# warm-up, from which every recipe starts. STEPS (default 1500) steps for each of SEEDS (default "1 2 3"), PROMPTS (default 50)
+# problems of each task: a night on two cores.
 # Run it again after any stop, it goes on where it was. RUN_FOLDER/study/STEPS holds report.json, report.md and report.png.
 # Two numbers of STEPS show which conclusions do not depend on the budget.
 set -euo pipefail

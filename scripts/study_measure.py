@@ -97,18 +97,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a checkpoint")
     parser.add_argument("--autoregressive", action="store_true", help="it was trained to predict the next token")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY",
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), metavar="WAY",
                         help=f"ways of decoding: {', '.join(WAYS)}; default all")  # fmt: skip
     parser.add_argument("--prompts", type=int, default=100, help="held-out problems per task")
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     args = parser.parse_args()
+    if args.ways and args.autoregressive:
+        parser.error(f"--autoregressive has one way of decoding, {LEFT_TO_RIGHT}: leave --ways out")
     if args.prompts < 1:
         parser.error("--prompts must be 1 or more")
     if args.output.exists():
         print(f"{args.output} is there already")
         return
     try:
-        records = measure(dllm_var.load_pretrained(args.model), args.autoregressive, args.prompts, args.ways)
+        records = measure(dllm_var.load_pretrained(args.model), args.autoregressive, args.prompts, args.ways or list(WAYS))
     except ValueError as error:
         parser.error(str(error))
     result = {"fields": list(Outcome.__dataclass_fields__), "prompts_per_task": args.prompts, "records": records}

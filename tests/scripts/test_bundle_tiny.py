@@ -32,6 +32,12 @@ def finished_run(folder: Path) -> Path:
     (folder / "masked").mkdir()
     (folder / "masked" / "run.json").write_text('{"max_steps": 30}', encoding="utf-8")
     (folder / "masked" / "metrics.jsonl").write_text('{"step": 30, "seconds": 900}\n', encoding="utf-8")
+    (folder / "hard").mkdir()
+    (folder / "hard" / "run.json").write_text('{"max_steps": 20}', encoding="utf-8")
+    (folder / "hard" / "metrics.jsonl").write_text('{"step": 20, "seconds": 900}\n', encoding="utf-8")
+    settings["view"]["block_share"] = 0.3
+    (folder / "hard" / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    settings["view"]["block_share"] = 0.4
     settings["forward_process"]["t_min"] = 0.1
     (folder / "masked" / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     score = {"exact": 0.875, "by_eos": 1.0, "right_length": 0.9, "tokens_per_forward": 5.5, "longest": 12}
@@ -58,10 +64,11 @@ def test_the_card_states_what_the_run_recorded_and_the_folder_opens(tmp_path: Pa
     assert "| spell | 0.875 | 0.875 | 1.000 | 5.5 | 12 |" in card
     words = card.replace("\n", " ")
     assert (
-        "30 optimizer steps of the recipe below with `forward_process.t_min: 0.1`, then 70 optimizer steps of 3,072" in words
+        "30 optimizer steps of the recipe below with `forward_process.t_min: 0.1`, "
+        "20 optimizer steps of the recipe below with `view.block_share: 0.3`, then 70 optimizer steps of 3,072" in words
     )
-    assert "(307,200 in all masked steps" in words
-    assert "1.8 hours" in words
+    assert "(368,640 in all masked steps" in words
+    assert "2.0 hours" in words
     assert "at commit abc1234, abd5678. From random weights, 1,200 steps of next-token prediction" in card
     assert json.loads((output / "token_freq.json").read_text(encoding="utf-8"))["num_token"] > 3
     assert "1,234 samples (seed 1, the tasks in turn), then 99 samples (seed 2, in turn add, word, word)" in words
