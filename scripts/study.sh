@@ -1,27 +1,31 @@
 #!/usr/bin/env bash
 # Why: the paper's table at laptop scale: what each part of the recipe does, on the same network, data, steps and seeds.
-# How: bash scripts/study.sh [RUN_FOLDER], after scripts/train_tiny.sh has made that folder's data and its autoregressive
-# warm-up, from which every recipe starts. STEPS (default 1500) steps for each of SEEDS (default "1 2 3"), PROMPTS (default 50)
-# problems of each task: a night on two cores.
+# How: bash scripts/study.sh [RUN_FOLDER], after scripts/train_tiny.sh has made that folder's data, its autoregressive warm-up
+# and its masked model. As in the paper, every recipe that fills in masks is a fine-tuning of that masked model; the
+# autoregressive one goes on from the warm-up. STEPS (default 250) steps for each of SEEDS (default "1 2 3"), PROMPTS (default
+# 40) problems of each task: about three hours on two cores.
 # Run it again after any stop, it goes on where it was. RUN_FOLDER/study/STEPS holds report.json, report.md and report.png.
 # Two numbers of STEPS show which conclusions do not depend on the budget.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 run="${1:-$root/runs/tiny}"
-steps="${STEPS:-1500}"
+steps="${STEPS:-250}"
 seeds="${SEEDS:-1 2 3}"
-prompts="${PROMPTS:-50}"
+prompts="${PROMPTS:-40}"
 python="${PYTHON:-$root/.venv/bin/python}"
 command -v "$python" >/dev/null || { echo "there is no $python: run bash install.sh first, or give PYTHON=…" >&2; exit 1; }
-[[ -e "$run/warm_up/final/config.json" ]] ||
-  { echo "$run has no warm_up/final: run bash scripts/train_tiny.sh $run first" >&2; exit 1; }
+for base in warm_up masked; do
+  [[ -e "$run/$base/final/config.json" ]] ||
+    { echo "$run has no $base/final: run bash scripts/train_tiny.sh $run first" >&2; exit 1; }
+done
 
 recipe() { # NAME OVERRIDES...: train it with this seed, then decode with it in the ways of `measured`
   local name="$1" out="$run/study/$steps/$1-$seed"
   shift
   if [[ ! -e "$out/final/config.json" ]]; then
-    TRAIN_ONLY=1 bash "$root/scripts/train_tiny.sh" "$run" training.max_steps="$steps" training.decay_steps=$((steps / 2)) \
-      training.save_total_limit=1 training.seed="$seed" output_dir="$out" "$@"
+    TRAIN_ONLY=1 bash "$root/scripts/train_tiny.sh" "$run" training.max_steps="$steps" training.decay_steps=$((steps * 4 / 5)) \
+      training.warmup_steps=$((steps / 5)) training.learning_rate=1e-3 training.save_total_limit=1 training.seed="$seed" \
+      dataset.shuffle_seed="$seed" model.path="$run/masked/final" output_dir="$out" "$@"
   fi
   "$python" "$root/scripts/study_measure.py" --model "$out/final" --output "$out.json" "${measured[@]}"
 }
@@ -36,10 +40,10 @@ for seed in $seeds; do # a whole table first, then the next seed makes it surer
   recipe llada_sft "${plain[@]}" view.fill=true view.tail_share=0 view.tail_max=0 forward_process.always_mask_eos=false \
     forward_process.t_min=0.001 loss.name=elbo packing.max_length=288 training.local_batch_size=10
   measured=(--prompts "$prompts" --autoregressive)
-  recipe autoregressive "${plain[@]}" loss.name=next_token view.tail_share=0 view.tail_max=0
+  recipe autoregressive "${plain[@]}" loss.name=next_token view.tail_share=0 view.tail_max=0 \
+    model.path="$run/warm_up/final"
   measured=(--prompts "$prompts" --ways "EOS-led blocks" "EOS-led blocks, 1024") # what one change of the first recipe does
   recipe eos_maskable forward_process.always_mask_eos=false
-  recipe tail_eos view.tail_eos=true
   recipe no_block_views "${plain[@]}"
   recipe tails "${full[@]}"
   recipe t_0_1 forward_process.t_min=0.001

@@ -45,7 +45,7 @@ def report(script: Any) -> ModuleType:
 def study(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
     """Run the script with a stand-in for Python; what it said, and every call."""
     run, log, stand_in = tmp_path / "run", tmp_path / "calls", tmp_path / "python"
-    for done in ("text/made.json", "start/config.json", "warm_up/final/config.json"):
+    for done in ("text/made.json", "start/config.json", "warm_up/final/config.json", "masked/final/config.json"):
         (run / done).parent.mkdir(parents=True, exist_ok=True)
         (run / done).touch()
     stand_in.write_text(STAND_IN.format(python=sys.executable, log=str(log)), encoding="utf-8")
@@ -64,11 +64,13 @@ def test_every_recipe_is_trained_with_every_seed_by_settings_that_exist_and_meas
     assert ran.returncode == 0, ran.stderr
     trained = [call[1:] for call in calls if call[0].endswith("sft.py")]
     folders = [[o for o in call if o.startswith("output_dir=")][-1].removeprefix("output_dir=") for call in trained]
-    assert len(folders) == len(set(folders)) == 18
+    assert len(folders) == len(set(folders)) == 16
     for overrides in trained:
         config = compose_settings(overrides)
         assert config.training.max_steps == 30
         assert config.training.local_batch_size * config.packing.max_length == 2880  # the same positions for all
+        base = "warm_up" if config.loss.name == "next_token" else "masked"
+        assert config.model.path == str(tmp_path / "run" / base / "final")
     assert {compose_settings(overrides).training.seed for overrides in trained} == {1, 2}
     measured = [call for call in calls if call[0].endswith("study_measure.py")]
     assert [call[call.index("--model") + 1] for call in measured] == [f"{folder}/final" for folder in folders]
@@ -82,15 +84,16 @@ def test_what_was_trained_is_not_trained_again(tmp_path: Path) -> None:
     assert not [call for call in calls if call[0].endswith("sft.py")]
 
 
-def test_without_a_warm_up_the_study_says_what_to_run_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["warm_up", "masked"])
+def test_without_its_base_the_study_says_what_to_run_first(tmp_path: Path, base: str) -> None:
     ran, _ = study(tmp_path)
-    (tmp_path / "run" / "warm_up" / "final" / "config.json").unlink()
+    (tmp_path / "run" / base / "final" / "config.json").unlink()
     ran = subprocess.run(
         ["bash", ROOT / "scripts/study.sh", tmp_path / "run"], env=os.environ | {"PYTHON": sys.executable},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 1
-    assert "run bash scripts/train_tiny.sh" in ran.stderr
+    assert f"no {base}/final: run bash scripts/train_tiny.sh" in ran.stderr
 
 
 def test_without_a_finished_run_the_editing_study_says_what_to_run_first_and_makes_nothing(tmp_path: Path) -> None:
@@ -112,6 +115,12 @@ def test_every_way_of_decoding_answers_every_task(measure: ModuleType, monkeypat
     records = measure.measure(model, False, 1)
     assert {(r["way"], r["task"]) for r in records} == {(way, task) for way in measure.WAYS for task in measure.TASKS}
     assert all(len(r["outcomes"]) == 1 and r["seconds"] > 0 for r in records)
+
+
+def test_a_quarter_of_the_problems_is_answered_on_canvases(measure: ModuleType) -> None:
+    model = load_pretrained("tiny")
+    records = measure.measure(model, False, 5, ["EOS-led blocks", "pure diffusion 64"])
+    assert {(r["way"], len(r["outcomes"])) for r in records} == {("EOS-led blocks", 5), ("pure diffusion 64", 2)}
 
 
 def test_an_autoregressive_answer_takes_a_forward_for_each_token(measure: ModuleType) -> None:
