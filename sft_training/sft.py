@@ -267,7 +267,8 @@ def _main(composed: DictConfig) -> None:
             print(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
             print(per_step(config))
             return
-        train(config)
+        # The process group ends while Python still runs: at its exit a thread of the group can abort a finished run.
+        train(config).accelerator.end_training()
     except (ValueError, RunStopped) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise

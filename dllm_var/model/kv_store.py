@@ -16,6 +16,7 @@ from torch import Tensor
 from dllm_var.model.config import LLaDAConfig
 
 EMPTY = -1
+CLEARED_AT_ONCE = 256  # columns
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class KVStore:
         self.capacity, self.scratch = capacity, scratch
         self.room = rows if room is None else room
         shape = (self.room, config.num_key_value_heads, capacity + scratch + 1, config.head_dim)  # +1: a column for pads
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self._cleared = 0  # columns that hold numbers; most answers need few of those that there is room for
         self.stamp = torch.full((rows, capacity), EMPTY, dtype=torch.int32)
 
     @property
@@ -116,6 +118,7 @@ class KVStore:
         trash = self.capacity + self.scratch
         columns = torch.where(kept, slots, torch.where(passing, extent + rank, trash))
         width = extent + parked
+        self._clear(width)
 
         seen = torch.zeros(rows, width, dtype=torch.bool)
         seen[:, :extent] = stamp[:, :extent] != EMPTY
@@ -130,6 +133,14 @@ class KVStore:
             visible=None if bool(seen.all()) else seen.to(device, non_blocking=True),
             rows=None if chosen is None else chosen.to(device, non_blocking=True),
         )
+
+    def _clear(self, width: int) -> None:
+        """Zero the columns below `width` that were not yet: also what no query sees must be finite, as 0 × NaN is NaN."""
+        if width > self._cleared:
+            reach = -(-width // CLEARED_AT_ONCE) * CLEARED_AT_ONCE
+            for buffer in (*self.keys, *self.values):
+                buffer[:, :, self._cleared : reach].zero_()
+            self._cleared = reach
 
     def exchange(self, layer: int, key: Tensor, value: Tensor, at: Placement) -> tuple[Tensor, Tensor]:
         """Write a call's keys and values [B, Hkv, n, d] of one layer; return all its queries may see [B, Hkv, width, d].

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_var.model.kv_store import KVRows, KVStore
+from dllm_var.model.kv_store import CLEARED_AT_ONCE, KVRows, KVStore
 from dllm_var.model.llada import LLaDAModelLM
 
 
@@ -164,3 +164,17 @@ def test_row_by_row_equals_together_when_decoding_ragged_rows(make_model: Callab
     together = two_calls(prompts)
     for row, prompt in enumerate(prompts):
         assert torch.allclose(together[row], two_calls([prompt])[0], atol=1e-5)
+
+
+def test_what_no_query_sees_is_finite_whatever_the_memory_held(
+    make_store: Callable[..., KVStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention multiplies hidden values by 0, and 0 × NaN is NaN."""
+    monkeypatch.setattr(torch, "empty", lambda shape, **options: torch.full(shape, torch.nan, **options))
+    kv = make_store(capacity=3 * CLEARED_AT_ONCE)
+    for step, last in enumerate([9, CLEARED_AT_ONCE, CLEARED_AT_ONCE + 3, 3 * CLEARED_AT_ONCE - 1]):
+        at = kv.place(torch.tensor([[last], [2]]), None, step)
+        key = torch.ones(2, kv.keys[0].shape[1], 1, kv.keys[0].shape[3])
+        seen = kv.exchange(0, key, -key, at)
+        assert all(shown.shape[2] == last + 1 and bool(shown.isfinite().all()) for shown in seen)
+    assert kv.keys[0][:, :, -1].isnan().all()  # the column for padding, which is never read

@@ -104,7 +104,7 @@ def test_a_small_benchmark_runs_from_end_to_end(
     monkeypatch.setattr(benchmark, "MAX_GEN_LENGTH", 32)
     monkeypatch.setitem(benchmark.GROWING, "max_gen_length", 32)
     problems = benchmark.chosen(2)
-    single = benchmark.one_at_a_time(tiny, problems, tiny, 32)
+    single = benchmark.one_at_a_time(tiny, problems, tiny, 32, 1)
     assert {*single["costs"]} == {*benchmark.arms(32), benchmark.LEFT_TO_RIGHT} == {*single["tokens"]}
     assert all(len(each) == 2 for each in single["costs"].values())
     assert set(single["ratio"]) == {*single["costs"], benchmark.BARE} - {benchmark.OURS}

@@ -44,6 +44,8 @@ def main() -> None:
     for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         choose(run["shard"])
         train(compose_settings(run["settings"]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """Two real processes: they start, share the rows, and train the same model as one process does."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from dllm_var.model.checkpoint import load_model
+from sft_training import sft
 from sft_training.config import SftConfig
 from sft_training.records import read_metrics
 from sft_training.sft import train
@@ -110,3 +114,14 @@ def test_a_dry_run_prints_command_and_settings_and_starts_nothing(
     assert "  expect_processes: 3" in printed
     assert "  max_length: 48" in printed
     assert not list(elsewhere.iterdir())
+
+
+def test_a_finished_run_leaves_its_process_group_while_python_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At Python's exit a thread of the group can abort a process whose run is done and saved."""
+    left = []
+    accelerator = SimpleNamespace(end_training=lambda: left.append(True))
+    monkeypatch.setattr(sft, "typed", lambda composed: composed)
+    monkeypatch.setattr(sft, "train", lambda config: SimpleNamespace(accelerator=accelerator))
+    monkeypatch.delenv("DRY_RUN", raising=False)
+    inspect.unwrap(sft._main)(OmegaConf.create())
+    assert left == [True]
