@@ -164,7 +164,10 @@ def test_figures_are_means_with_intervals_and_ours_comes_first(
     assert ours["length error"]["mean"] == pytest.approx(0.3)
     assert ours["tokens/forward"]["mean"] == pytest.approx((0.9 * 6 + 0.1 * 9) / 4)
     assert ours["tasks"] == {"add": pytest.approx(0.9)}
-    assert "| dllm_var | EOS-led blocks | 0.900 [" in (folder / "report.md").read_text(encoding="utf-8")
+    assert (ours["answers"], ours["seconds"]) == (30, pytest.approx(0.2))
+    written = (folder / "report.md").read_text(encoding="utf-8")
+    assert "| dllm_var | EOS-led blocks | 0.900 [" in written
+    assert "| dllm_var | EOS-led blocks | 30 |  | 0.90 |  |  |  |  |" in written  # each task: only add was asked
     assert "| dllm_var |" in capsys.readouterr().out
     assert (folder / "report.png").read_bytes()[1:4] == b"PNG"
 
