@@ -104,7 +104,7 @@ def by_task(report: Mapping[str, Mapping[str, Any]]) -> str:
 
 def table(report: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: the figures over all tasks, a line for each recipe and way."""
-    lines = [f"| recipe | decoded by | {' | '.join(FIGURES)} |", "|---" * (2 + len(FIGURES)) + "|"]
+    lines = [f"| recipe | decoded by | seeds | {' | '.join(FIGURES)} |", "|---" * (3 + len(FIGURES)) + "|"]
     for recipe, own in report.items():
         for way, values in own.items():
             cells = []
@@ -112,7 +112,7 @@ def table(report: Mapping[str, Mapping[str, Any]]) -> str:
                 value = values[name]
                 spread = f" [{value['low']:{form}}, {value['high']:{form}}]" if name == "exact match" else ""
                 cells.append(f"{value['mean']:{form}}{spread}")
-            lines.append(f"| {recipe} | {way} | {' | '.join(cells)} |")
+            lines.append(f"| {recipe} | {way} | {len(values['seeds'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -64,12 +64,12 @@ def test_every_recipe_is_trained_with_every_seed_by_settings_that_exist_and_meas
     assert ran.returncode == 0, ran.stderr
     trained = [call[1:] for call in calls if call[0].endswith("sft.py")]
     folders = [[o for o in call if o.startswith("output_dir=")][-1].removeprefix("output_dir=") for call in trained]
-    assert len(folders) == len(set(folders)) == 16
-    for overrides in trained:
+    assert len(folders) == len(set(folders)) == 22
+    for overrides, folder in zip(trained, folders, strict=True):
         config = compose_settings(overrides)
-        assert config.training.max_steps == 30
+        assert config.training.max_steps == (60 if "_anew-" in folder else 30)
         assert config.training.local_batch_size * config.packing.max_length == 2880  # the same positions for all
-        base = "warm_up" if config.loss.name == "next_token" else "masked"
+        base = "warm_up" if "_anew-" in folder or "autoregressive-" in folder else "masked"
         assert config.model.path == str(tmp_path / "run" / base / "final")
     assert {compose_settings(overrides).training.seed for overrides in trained} == {1, 2}
     measured = [call for call in calls if call[0].endswith("study_measure.py")]
@@ -166,7 +166,7 @@ def test_figures_are_means_with_intervals_and_ours_comes_first(
     assert ours["tasks"] == {"add": pytest.approx(0.9)}
     assert (ours["answers"], ours["seconds"]) == (30, pytest.approx(0.2))
     written = (folder / "report.md").read_text(encoding="utf-8")
-    assert "| dllm_var | EOS-led blocks | 0.900 [" in written
+    assert "| dllm_var | EOS-led blocks | 3 | 0.900 [" in written
     assert "| dllm_var | EOS-led blocks | 30 |  | 0.90 |  |  |  |  |" in written  # each task: only add was asked
     assert "| dllm_var |" in capsys.readouterr().out
     assert (folder / "report.png").read_bytes()[1:4] == b"PNG"
