@@ -126,6 +126,7 @@ def draw(
     import matplotlib.pyplot as plt
 
     figure, (compute, lengths, recipes) = plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
+    compute.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
     first = {recipe: next(iter(own)) for recipe, own in report.items()}
     for recipe, own in report.items():
         at = [(v["positions"]["mean"], v["exact match"]["mean"]) for v in own.values()]
@@ -146,7 +147,7 @@ def draw(
     recipes.invert_yaxis()
     compute.set(xscale="log", xlabel="positions computed per answer", ylabel="exact match", title="accuracy against compute")
     lengths.set(xlabel="right length (tokens)", ylabel="length given", title="does it know how long its answer is?")
-    recipes.set(xlabel="exact match", title="decoded the way it is meant to be")
+    recipes.set(xlabel="exact match", title="in EOS-led blocks (autoregressive: left to right)")
     for axes in (compute, lengths):
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
