@@ -172,6 +172,14 @@ def test_figures_are_means_with_intervals_and_ours_comes_first(
     assert (folder / "report.png").read_bytes()[1:4] == b"PNG"
 
 
+def test_the_readme_shows_the_committed_study_whole(report: ModuleType) -> None:
+    made = json.loads((ROOT / "evaluation/results/study.json").read_text(encoding="utf-8"))
+    text = (ROOT / "evaluation/results/study.md").read_text(encoding="utf-8")
+    assert text == f"{report.table(made)}\n\n{report.by_task(made)}\n"
+    assert report.table(made) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(made["dllm_var"][way]["seeds"] == [1, 2, 3] for way in made["dllm_var"])
+
+
 def test_an_interval_is_wider_when_seeds_differ(report: ModuleType) -> None:
     alike = report.interval([np.array([0.0, 1.0] * 50)] * 3)
     apart = report.interval([np.zeros(100), np.array([0.0, 1.0] * 50), np.ones(100)])
