@@ -3,7 +3,7 @@
 # How: bash scripts/study.sh [RUN_FOLDER], after scripts/train_tiny.sh has made that folder's data, its autoregressive warm-up
 # and its masked model. As in the paper, a recipe that fills in masks is a fine-tuning of a masked model, here of that one; the
 # autoregressive recipe goes on from the warm-up. STEPS (default 250) steps for each of SEEDS (default "1 2 3"), PROMPTS (default
-# 40) problems of each task: four to five hours on two cores.
+# 40) problems of each task: four to five hours on two cores, by estimate.
 # That masked model knows already how to stop. The recipes *_anew therefore start at the warm-up, which has never seen a mask,
 # and take twice the steps.
 # Run it again after any stop, it goes on where it was. RUN_FOLDER/study/STEPS holds report.json, report.md and report.png.

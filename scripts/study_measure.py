@@ -83,7 +83,7 @@ def measure(
     with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
         line = progress.add_task("measuring", total=len(chosen) * len(TASKS))
         for name, answer in chosen.items():
-            share = 1 if name == LEFT_TO_RIGHT or WAYS[name].get("method", "dllm_var") == "dllm_var" else CANVAS_SHARE
+            share = CANVAS_SHARE if "method" in WAYS.get(name, {}) else 1  # without a method it is ours, which has no canvas
             for task, every in problems.items():
                 own = every[: -(-prompts // share)]
                 right = [len(model.tokenizer.encode(p.output, add_special_tokens=False)) + 1 for p in own]

@@ -225,3 +225,14 @@ def test_a_team_of_one_hands_everything_to_itself(monkeypatch: pytest.MonkeyPatc
     team = Team()
     assert (team.hand_out([["job"]]), team.bring_together(3)) == (["job"], [3])
     team.dismiss()
+
+
+def test_a_team_parts_while_python_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At Python's exit a thread of the group can abort a process whose work is done."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    parted = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: parted.append(True))
+    Team().dismiss()
+    assert parted == [True]
