@@ -68,6 +68,7 @@ class ViewSection:
     block_share: float = 0.0
     block_lengths: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
     every_block: bool = False
+    first_look_share: float = 0.0
     tail_eos: bool = False
     fill: bool = False
 

@@ -11,6 +11,9 @@ never stops. Cures, applied sample by sample before packing (`dllm_var.diffusion
   behind it a copy of every block to be trained. Who sees whom is said by `Piece.stage` and `sees`, as for block diffusion
   (arXiv 2503.09573), but that what is finished sees the block being decided, as in dLLM-Var's decoding.
 
+Nearly all that is decided in decoding is decided in the first look at a block, when all of it is masked; of the blocks of a
+view, `first_look_share` are shown just so, the others at the sample's own level.
+
 The masks behind an EOS carry no loss, or (`tail_eos`) are trained to be EOS as well: else nothing tells the model what to
 say there, and decoding may decide such a position before the EOS in front of it.
 
@@ -70,6 +73,7 @@ class DecodingView:
         block_lengths: a block view draws its block length from these.
         every_block: a block view shows all blocks of its sample at once, where that fits a row. Takes rows of up to twice
             the length, and attention within samples.
+        first_look_share: share of the blocks of block views of which every token is masked, whatever the level.
         tail_eos: masks behind the end of an answer, in tails and in blocks, are trained to be EOS.
         fill: every sample is filled up to the length of a row with EOS that counts as response.
     """
@@ -79,11 +83,12 @@ class DecodingView:
     block_share: float = 0.0
     block_lengths: tuple[int, ...] = (8, 16, 32, 64)
     every_block: bool = False
+    first_look_share: float = 0.0
     tail_eos: bool = False
     fill: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tail_share", "block_share"):
+        for name in ("tail_share", "block_share", "first_look_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: a share lies between 0 and 1.")
         if self.tail_max < 0 or (self.tail_share > 0 and self.tail_max == 0):
@@ -128,12 +133,15 @@ class DecodingView:
         tail = 0
         if which < self.block_share and len(spots):
             block = self.block_lengths[int(extent * len(self.block_lengths))]
+            first = int(spots[0])
+            blocks = -(-(len(ids) - first) // block)
+            whole = uniforms(blocks, seed, epoch, key, "look") < self.first_look_share
+            noise[first:][whole.repeat(block)[: len(ids) - first]] = 0.0  # below every level
             if self.every_block:
-                piece = _every_block(Piece(key, epoch, ids, response, noise, float(level)), int(spots[0]), block, filler)
+                piece = _every_block(Piece(key, epoch, ids, response, noise, float(level)), first, block, filler)
                 if longest is None or len(piece) <= longest:
                     return piece
-            first, length = int(spots[0]), len(ids) - int(spots[0])
-            start = first + block * int(where * -(-length // block))
+            start = first + block * int(where * blocks)
             response = response & (np.arange(len(ids)) >= start)
             tail = max(0, start + block - len(ids))
             ids, response, noise = ids[: start + block], response[: start + block], noise[: start + block]

@@ -164,6 +164,27 @@ def test_what_stands_behind_an_answer_is_eos_that_is_always_masked_where_that_is
     assert compared > 20
 
 
+@pytest.mark.parametrize("every_block", [True, False])
+def test_the_asked_share_of_blocks_is_masked_whole_and_the_others_as_without_it(every_block: bool) -> None:
+    ids, prompt, block = np.arange(67) % 13, 3, 8
+
+    def piece(number: int, share: float) -> Any:
+        view = DecodingView(block_share=1.0, block_lengths=(block,), every_block=every_block, first_look_share=share)
+        return view.apply(f"s{number}", 0, ids, np.arange(67) >= prompt, seed=1, mask_id=MASK)
+
+    looks = []
+    for number in range(60):
+        plain, some = piece(number, 0.0), piece(number, 0.6)
+        for name in ("ids", "response"):
+            assert np.array_equal(getattr(plain, name), getattr(some, name))
+        before, after = (each.noise[each.response].reshape(-1, block) for each in (plain, some))
+        for one, other in zip(before, after, strict=True):
+            looks.append(bool((other == 0.0).all()))
+            assert looks[-1] or np.array_equal(one, other)
+    assert abs(np.mean(looks) - 0.6) < (0.07 if every_block else 0.15)
+    assert {bool((piece(number, 1.0).noise[piece(number, 1.0).response] == 0.0).all()) for number in range(5)} == {True}
+
+
 def test_a_filled_sample_is_a_row_of_its_own_whose_eos_is_masked_like_any_other_token() -> None:
     ids, eos = np.arange(2, 12), 1
     pieces = [
