@@ -29,7 +29,7 @@ from dllm_var.model.checkpoint import weights_hash
 from dllm_var.model.shards import file_hash
 from dllm_var.pretrained import resolve_folder
 from evaluation.settings import DTYPES, EvalConfig, check_model, compose_settings, for_hydra, typed
-from evaluation.team import Team, device, launcher_warning
+from evaluation.team import Team, device, launcher_warning, part
 
 SAMPLES_FILE = "samples.jsonl"
 # What decides over tokens beside the weights, where a model's folder holds it.
@@ -218,6 +218,8 @@ def _main(composed: DictConfig) -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         refuse(error)
+    finally:
+        part()
 
 
 def refuse(error: ValueError) -> None:

@@ -44,12 +44,17 @@ class Team:
         return results
 
     def dismiss(self) -> None:
-        """Called at a run's end, also an early one: the leader hands None to the others if they wait for work; all part."""
-        if self.size == 1:
-            return
-        if self.rank == 0 and self._waiting:
+        """Called at a run's end, also an early one: the leader hands None to the others if they wait for work."""
+        if self.size > 1 and self.rank == 0 and self._waiting:
             self.hand_out([None] * self.size)
-        dist.destroy_process_group()  # while Python still runs: at its exit a thread of the group can abort the process
+
+
+def part() -> None:
+    """Called once, at a program's end: the processes part while Python still runs; at its exit a thread of the group can
+    abort one that is done. No team can be made after it: a second group would find the addresses of the first.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def device() -> torch.device:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from evaluation.eval import run
 from evaluation.settings import compose_settings
+from evaluation.team import part
 
 
 def main() -> None:
     for arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         run(compose_settings(arguments))
+    part()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """The entry: the same result from any number of processes, and after a kill; mistakes end in one sentence."""
 
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import dllm_var
 from evaluation import eval as entry
@@ -227,12 +230,23 @@ def test_a_team_of_one_hands_everything_to_itself(monkeypatch: pytest.MonkeyPatc
     team.dismiss()
 
 
-def test_a_team_parts_while_python_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At Python's exit a thread of the group can abort a process whose work is done."""
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    parted = []
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_processes_part_once_and_while_python_still_runs(monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:
+    """At Python's exit a thread of the group can abort a process whose work is done; a second group can wait for ever."""
+    parted: list[bool] = []
+
+    def run(config: Any) -> None:
+        for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        Team().dismiss()
+        assert not parted  # another evaluation of the same processes can follow
+        if refused:
+            raise ValueError("this cannot be")
+
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: parted.append(True))
-    Team().dismiss()
+    monkeypatch.setattr(entry, "typed", lambda composed: composed)
+    monkeypatch.setattr(entry, "run", run)
+    with pytest.raises(SystemExit) if refused else nullcontext():
+        inspect.unwrap(entry._main)(OmegaConf.create())
     assert parted == [True]
