@@ -113,8 +113,7 @@ class KVStore:
         where = row if chosen is None else chosen[row]
         self.stamp[where[kept], slots[kept]] = step
         stamp = self.stamp if chosen is None else self.stamp[chosen]
-        filled = (stamp != EMPTY).any(dim=0).nonzero()
-        extent = int(filled[-1]) + 1 if len(filled) else 0
+        extent = _extent(stamp)
         trash = self.capacity + self.scratch
         columns = torch.where(kept, slots, torch.where(passing, extent + rank, trash))
         width = extent + parked
@@ -174,17 +173,24 @@ class KVStore:
         self.stamp = torch.cat((self.stamp, torch.full((rows, self.capacity), EMPTY, dtype=torch.int32)))
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only the given rows (int64 indices, in their new order). What changes place is moved."""
+        """Keep only the given rows (int64 indices, in their new order). What is filled and changes place is moved."""
         rows = rows.cpu()
         self.stamp = self.stamp[rows]
         moved = (rows != torch.arange(len(rows))).nonzero()[:, 0]
+        extent = _extent(self.stamp[moved])
         source, target = (index.to(self.keys[0].device) for index in (rows[moved], moved))
-        for buffer in (*self.keys, *self.values) if len(moved) else ():
-            buffer[target] = buffer[source]
+        for buffer in (*self.keys, *self.values) if extent else ():
+            buffer[target, :, :extent] = buffer[source, :, :extent]
 
     def some(self, rows: Tensor) -> "KVRows":
         """The given rows (int64 [B] on the host, all different) as a store of their own, for one call of the model."""
         return KVRows(self, rows)
+
+
+def _extent(stamp: Tensor) -> int:
+    """The highest filled slot of any row, plus 1."""
+    filled = (stamp != EMPTY).any(dim=0).nonzero()
+    return int(filled[-1]) + 1 if len(filled) else 0
 
 
 @dataclass(frozen=True)
