@@ -89,19 +89,19 @@ def corpus_of(folder: Path) -> str:
 
 
 def beginning(run: Path) -> tuple[str, float, int]:
-    """Words on the weights that the last stage began with, the seconds that they took and the masked steps among them."""
-    words, seconds, masked_steps = ["From random weights"], 0.0, 0
+    """Words on the weights that the last stage began with, the seconds that they took and the positions of masked steps."""
+    words, seconds, positions = ["From random weights"], 0.0, 0
     if (run / "warm_up" / "run.json").exists():
         words.append(
             f"{read_json(run / 'warm_up' / 'run.json')['max_steps']:,} steps of next-token prediction under a causal mask"
         )
         seconds += max(line.get("seconds", 0.0) for line in read_metrics(run / "warm_up"))
     last = settings_of(run / "sft")
-    for stage in (run / "masked", run / "hard"):
+    for stage in (run / "masked", run / "hard", run / "tasks"):
         if not (stage / "run.json").exists():
             continue
-        steps = read_json(stage / "run.json")["max_steps"]
-        masked_steps += steps
+        facts = read_json(stage / "run.json")
+        positions += facts["max_steps"] * facts["tokens_per_step"]
         seconds += max(line.get("seconds", 0.0) for line in read_metrics(stage))
         other = [
             f"`{group}.{key}: {value}`"
@@ -109,15 +109,15 @@ def beginning(run: Path) -> tuple[str, float, int]:
             for key, value in values.items()
             if value != last[group][key]
         ]
-        words.append(f"{steps:,} optimizer steps of the recipe below with {', '.join(other)}")
-    return ", ".join(words) + (", then" if len(words) > 1 else ":"), seconds, masked_steps
+        words.append(f"{facts['max_steps']:,} optimizer steps of the recipe below with {', '.join(other)}")
+    return ", ".join(words) + (", then" if len(words) > 1 else ":"), seconds, positions
 
 
 def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
     """The model card as Markdown."""
     facts, settings = read_json(run / "sft" / "run.json"), settings_of(run / "sft")
     metrics = read_metrics(run / "sft")
-    start, seconds_before, steps_before = beginning(run)
+    start, seconds_before, positions_before = beginning(run)
     losses = [line["loss"] for line in metrics if "loss" in line]
     names = list(evaluation["settings"])
     first = evaluation["settings"][names[0]]["tasks"]
@@ -134,11 +134,10 @@ def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
         parameters=facts["parameters"], prompts=evaluation["prompts_per_task"], threshold=evaluation["threshold"],
         columns=" | ".join(names), rule="---|" * len(names), table="\n".join(rows),
         tasks="\n".join(f"* `{name}`: {(make.__doc__ or '').strip()}" for name, make in TASKS.items()),
-        samples=", then ".join(corpus_of(folder) for folder in (run / "text", run / "more") if folder.exists()),
+        samples=", then ".join(corpus_of(run / name) for name in ("text", "more", "last") if (run / name).exists()),
         held_out=HELD_OUT_SHARE, commit=commit,
-        steps=facts["max_steps"],
-        tokens_per_step=facts["tokens_per_step"],
-        trained=(steps_before + facts["max_steps"]) * facts["tokens_per_step"],
+        steps=facts["max_steps"], tokens_per_step=facts["tokens_per_step"],
+        trained=positions_before + facts["max_steps"] * facts["tokens_per_step"],
         loss=sum(losses[-20:]) / len(losses[-20:]), hours=seconds / 3600, threads=facts["threads"],
         recipe=yaml.safe_dump(settings_of(run / "sft"), sort_keys=False), block_share=settings["view"]["block_share"],
         tail_share=settings["view"]["tail_share"], start=start,
