@@ -304,7 +304,8 @@ def environment(threads: int) -> dict[str, Any]:
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return {
         "date": datetime.date.today().isoformat(), "torch": torch.__version__, "cpu": cpu, "cores": os.cpu_count(),
-        "threads": threads, "matmul_rate": matmul_rate(), "copy_rate": copy_rate(),
+        "threads": threads, "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
+        "matmul_rate": matmul_rate(), "copy_rate": copy_rate(),
     }  # fmt: skip
 
 

@@ -72,7 +72,8 @@ def tables(result: dict[str, Any]) -> str:
         f"÷ its bare forwards: {spread(single['overhead'])}; with {large['parameters'] / 1e6:.0f} M weights: "
         f"{spread(large['overhead'])}; peak memory there is {large['memory']:.2f} times weights and store. The loop reaches "
         f"{share:.0%} of what {where['matmul_rate'] / 1e9:.0f} GFLOP/s and {where['copy_rate'] / 1e9:.0f} GB/s allow "
-        f"({where['cpu']}, {where['threads']} thread, torch {where['torch']}, {where['date']}).",
+        f"({where['cpu']}, {where['threads']} thread, torch {where['torch']}, {where['date']}"
+        f"{''.join(f', {name}={value}' for name, value in where.get('malloc', {}).items())}).",
         "",
         "| requests at a time | forwards | wasted columns | times as fast as one |",
         "|---|---|---|---|",
