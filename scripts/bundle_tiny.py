@@ -54,7 +54,7 @@ its content, whatever its wording (but for the numbers below 100 in words, of wh
 
 `bash scripts/train_tiny.sh` at commit {commit}. {start} {steps:,} optimizer steps of
 {tokens_per_step:,} positions ({trained:,} in all masked steps, prompts and masks included) with the forward process, loss
-{loss:.4f} at the end. {hours:.1f} hours for all of it on {threads} threads of a shared CPU.
+{loss:.4f} at the end. {hours:.1f} hours for all of it, on as many threads of a shared CPU as `training.threads` says.
 
 ```yaml
 {recipe}```
@@ -138,7 +138,7 @@ def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
         held_out=HELD_OUT_SHARE, commit=commit,
         steps=facts["max_steps"], tokens_per_step=facts["tokens_per_step"],
         trained=positions_before + facts["max_steps"] * facts["tokens_per_step"],
-        loss=sum(losses[-20:]) / len(losses[-20:]), hours=seconds / 3600, threads=facts["threads"],
+        loss=sum(losses[-20:]) / len(losses[-20:]), hours=seconds / 3600,
         recipe=yaml.safe_dump(settings_of(run / "sft"), sort_keys=False), block_share=settings["view"]["block_share"],
         tail_share=settings["view"]["tail_share"], start=start,
         tail_label="; what stands behind an answer is trained to be EOS" * settings["view"].get("tail_eos", False),
