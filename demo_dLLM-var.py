@@ -174,8 +174,9 @@ def printable(text: str) -> str:
 
 def summary(result: Generation, seconds: float) -> str:
     """Length, stop reason, forwards and speed of an answer."""
+    plural = "s" * (result.forwards != 1)
     return (
-        f"[{len(result.tokens)} tokens, stopped by {result.stop_reason}, {result.forwards} forwards, "
+        f"[{len(result.tokens)} tokens, stopped by {result.stop_reason}, {result.forwards} forward{plural}, "
         f"{result.tokens_per_forward:.1f} tokens/forward, {result.decided / max(seconds, 1e-9):.0f} tokens/s]"
     )
 
