@@ -88,6 +88,7 @@ def test_a_view_depends_on_seed_epoch_and_key_and_on_nothing_else() -> None:
     [
         ({"tail_share": 1.5}, "tail_share=1.5"),
         ({"block_share": -0.1}, "block_share=-0.1"),
+        ({"first_look_share": 1.5}, "first_look_share=1.5"),
         ({"tail_share": 0.5}, "tail_max=0 with tail_share=0.5"),
         ({"block_share": 0.5, "block_lengths": ()}, "block_lengths="),
         ({"block_share": 0.5, "block_lengths": (0,)}, "block_lengths="),
