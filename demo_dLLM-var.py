@@ -11,6 +11,7 @@ Every question stands alone: the model does not see the ones before it. This fil
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -30,6 +31,23 @@ MASK_SIGN = "░"
 SHADES = ((0.9, "green"), (0.7, "yellow"), (0.5, "dark_orange"), (0.0, "red"))
 PAUSE = 0.04  # seconds after each forward in the live view, so that one can watch; not counted in tokens per second
 INTERRUPTED = 130
+
+
+class CtrlC:
+    """KeyboardInterrupt on Ctrl-C, and once more at the next event where a destructor or callback swallowed the first."""
+
+    pressed = False
+
+    def __call__(self, *of_signal: object) -> None:
+        self.pressed = True
+        self.check()
+
+    def check(self) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+
+
+CTRL_C = CtrlC()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,6 +131,7 @@ def banner(name: str, model: Pretrained, config: GenerationConfig) -> Panel:
 def questions(console: Console, asked: bool) -> Iterator[str]:
     """Lines that are not empty, from the keyboard or from a pipe, until there are no more."""
     while True:
+        CTRL_C.check()
         try:
             line = (console.input("\n[bold]> [/bold]") if asked else input()).strip()
         except EOFError:
@@ -127,6 +146,7 @@ def show_plain(console: Console, events: Iterable[Event]) -> tuple[Generation, f
     """Write text as soon as it is final; return the answer and the seconds it took."""
     start, shown = time.perf_counter(), 0
     for event in events:
+        CTRL_C.check()
         text = event.text or ""
         console.out(printable(text[shown:]), end="", highlight=False)
         console.file.flush()
@@ -144,6 +164,7 @@ def show_live(console: Console, model: Pretrained, events: Iterable[Event]) -> t
     seconds, start = 0.0, time.perf_counter()
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         for event in events:
+            CTRL_C.check()
             seconds += time.perf_counter() - start
             sure.update({commit.position: commit.confidence for commit in event.committed})
             live.update(coloured(model, event, sure), refresh=True)
@@ -183,6 +204,7 @@ def summary(result: Generation, seconds: float) -> str:
 
 def run() -> int:
     """`main`, with the ways in which a terminal or a pipe ends it."""
+    signal.signal(signal.SIGINT, CTRL_C)
     try:
         return main()
     except KeyboardInterrupt:

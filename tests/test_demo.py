@@ -173,3 +173,34 @@ def test_ctrl_c_in_the_middle_of_an_answer_ends_without_a_traceback(chat_folder:
     os.kill(terminal.process.pid, signal.SIGINT)
     assert terminal.end() == 130
     assert "Traceback" not in terminal.seen
+
+
+SWALLOWING = """
+import importlib.util, os, signal, sys
+
+spec = importlib.util.spec_from_file_location("demo", sys.argv[1])
+demo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(demo)
+stream = demo.stream
+
+class Swallows:
+    def __del__(self):  # what a destructor raises is only printed
+        os.kill(os.getpid(), signal.SIGINT)
+
+def interrupted(*given):
+    for event in stream(*given):
+        Swallows()
+        yield event
+
+demo.stream = interrupted
+del sys.argv[1]
+sys.exit(demo.run())
+"""
+
+
+def test_ctrl_c_that_a_library_swallows_ends_the_demo_all_the_same(chat_folder: Path) -> None:
+    command = [sys.executable, "-c", SWALLOWING, str(DEMO), "--model", str(chat_folder), "--prompt", "rep xy 3", "--plain"]
+    done = subprocess.run([*command, *FAST], capture_output=True, text=True, timeout=200, cwd=DEMO.parent)
+    assert "Exception ignored in" in done.stderr
+    assert done.returncode == 130, done.stderr
+    assert "tokens/s]" not in done.stdout
