@@ -73,7 +73,7 @@ def tables(result: dict[str, Any]) -> str:
         f"{spread(large['overhead'])}; peak memory there is {large['memory']:.2f} times weights and store. The loop reaches "
         f"{share:.0%} of what {where['matmul_rate'] / 1e9:.0f} GFLOP/s and {where['copy_rate'] / 1e9:.0f} GB/s allow "
         f"({where['cpu']}, {where['threads']} thread, torch {where['torch']}, {where['date']}"
-        f"{''.join(f', {name}={value}' for name, value in where.get('malloc', {}).items())}).",
+        f"{''.join(f', {name}={value}' for name, value in where['malloc'].items())}).",
         "",
         "| requests at a time | forwards | wasted columns | times as fast as one |",
         "|---|---|---|---|",

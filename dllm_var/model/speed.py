@@ -13,7 +13,7 @@ import torch
 from dllm_var.model.llada import LLaDAModelLM
 
 # Kind of device → format of the weights where the user does not choose; None: as stored. On a CPU that computes with
-# bfloat16 natively, 100 M weights take .56 of the time in it (benchmark.json), but it changes an answer now and then; on
+# bfloat16 natively, 100 M weights take .57 of the time in it (benchmark.json), but it changes an answer now and then; on
 # others it is several times slower. int8 and compiling gave nothing there.
 FASTEST: dict[str, torch.dtype | None] = {"cpu": torch.float32, "cuda": None}
 
