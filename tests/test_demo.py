@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from dllm_var import GenerationConfig, load_pretrained, stream
@@ -86,6 +87,24 @@ def test_the_banner_offers_the_examples_of_the_model(demo: Any, chat_folder: Pat
 
 def test_characters_that_steer_a_terminal_are_not_passed_on(demo: Any) -> None:
     assert demo.printable("a\x1b[31mb\nc\td\x9b1m\re") == "a\ufffd[31mb\nc\td\ufffd1m\ufffde"
+
+
+@pytest.mark.parametrize(("chosen", "weights", "threads"), [(None, 1000, 1), ("2", 1000, 2), (None, 10**9, 2)])
+def test_a_small_network_stays_on_one_thread_unless_the_environment_says_more(
+    demo: Any, chat_folder: Path, monkeypatch: Any, chosen: str | None, weights: int, threads: int
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    model = load_pretrained(chat_folder)
+    monkeypatch.setattr(model.model, "num_parameters", lambda: weights)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        demo.one_thread_if_small(model)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
