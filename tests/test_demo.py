@@ -89,19 +89,18 @@ def test_characters_that_steer_a_terminal_are_not_passed_on(demo: Any) -> None:
     assert demo.printable("a\x1b[31mb\nc\td\x9b1m\re") == "a\ufffd[31mb\nc\td\ufffd1m\ufffde"
 
 
-@pytest.mark.parametrize(("chosen", "weights", "threads"), [(None, 1000, 1), ("2", 1000, 2), (None, 10**9, 2)])
+@pytest.mark.parametrize(("chosen", "small", "threads"), [(None, 20_000_000, 1), ("2", 20_000_000, 2), (None, 1, 2)])
 def test_a_small_network_stays_on_one_thread_unless_the_environment_says_more(
-    demo: Any, chat_folder: Path, monkeypatch: Any, chosen: str | None, weights: int, threads: int
+    demo: Any, chat_folder: Path, monkeypatch: Any, chosen: str | None, small: int, threads: int
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if chosen is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
-    model = load_pretrained(chat_folder)
-    monkeypatch.setattr(model.model, "num_parameters", lambda: weights)
+    monkeypatch.setattr(demo, "SMALL", small)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        demo.one_thread_if_small(model)
+        assert demo.main(["--model", str(chat_folder), "--prompt", "ab", *FAST]) == 0
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
