@@ -77,9 +77,7 @@ class Together(Optimizer):
         """
         states = state_dict.get("parts", [])
         if len(states) != len(self.parts):
-            raise ValueError(
-                f"the saved optimizer has {len(states)} parts, this one {len(self.parts)}: was it another kind?"
-            )
+            raise ValueError(f"the saved optimizer has {len(states)} parts, this one {len(self.parts)}")
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]  # loading made new ones

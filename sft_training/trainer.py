@@ -28,7 +28,7 @@ from sft_training.data import Collate, Counts, RowStream
 from sft_training.guard import StepGuard
 from sft_training.optimizer import build_optimizer
 from sft_training.records import trace_rows
-from sft_training.sharding import acting, network_of, shards_weights
+from sft_training.sharding import acting, inside, network_of, shards_weights
 from sft_training.tally import Tally
 
 
@@ -69,6 +69,27 @@ class SftTrainer(Trainer):
             )
             self.decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """What was saved, with the learning rate, decay and betas of this start, which the saved ones would overrule."""
+        kind = self.config.training.optimizer
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"training.optimizer={kind!r} cannot take up what {checkpoint} holds ({error}): give the one that the run "
+                "began with, or start anew with resume=never."
+            ) from error
+        if checkpoint is None:
+            return
+        scheduler, groups = self.lr_scheduler, inside(self.optimizer).param_groups
+        scheduler.base_lrs = [self.args.learning_rate] * len(groups)
+        for group, decay, schedule in zip(groups, self.decays, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["weight_decay"] = self.args.learning_rate, decay
+            group["lr"] = self.args.learning_rate * schedule(scheduler.last_epoch)
+            if "betas" in group:
+                group["betas"] = (self.args.adam_beta1, self.args.adam_beta2)
+        scheduler._last_lr = [group["lr"] for group in groups]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -81,8 +81,8 @@ def load_universal(trainer: SftTrainer) -> None:
 
 
 class SeparateGroups(TrainerCallback):
-    """Mends two things after DeepSpeed (0.19) has read a universal checkpoint under ZeRO-3: it gives every group of weights
-    the weight decay of the first, and all of them one and the same step counter, which then runs several times as fast."""
+    """After DeepSpeed (0.19) has read a universal checkpoint under ZeRO-3, all groups of weights have one and the same step
+    counter, which would run several times as fast: gives each its own."""
 
     def __init__(self, trainer: SftTrainer) -> None:
         self.trainer = trainer
@@ -90,10 +90,7 @@ class SeparateGroups(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         if acting(self.trainer) != "zero3":
             return
-        optimizer = inside(self.trainer.optimizer)
-        for group, decay in zip(optimizer.param_groups, self.trainer.decays, strict=True):
-            group["weight_decay"] = decay
-        for known in optimizer.state.values():
+        for known in inside(self.trainer.optimizer).state.values():
             known["step"] = known["step"].clone()
 
 

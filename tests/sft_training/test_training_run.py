@@ -82,6 +82,36 @@ def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(
     assert equal(weights(whole), weights(resumed))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_that_goes_on_takes_the_rate_decay_and_betas_of_the_new_start(
+    settings: Settings, write_samples: Any, optimizer: str
+) -> None:
+    files, run = write_samples(LENGTHS), ("training.save_steps=2", f"training.optimizer={optimizer}")
+    run += ("training.schedule=constant", "training.warmup_steps=0")
+    train(settings(files, *run, "training.max_steps=2", "training.learning_rate=1e-3"))
+    other = ("training.max_steps=4", "training.learning_rate=1e-5", "training.weight_decay=0.5", "training.betas=[0.5,0.6]")
+    config = settings(files, *run, *other)
+    trainer = train(config)
+    assert list(metrics(config, "learning_rate").values()) == [1e-3, 1e-3, 1e-5, 1e-5]
+    assert trainer.optimizer is not None
+    for group in trainer.optimizer.param_groups:
+        assert group["weight_decay"] == (0.5 if group["params"][0].ndim == 2 else 0.0)
+        assert group.get("betas", (0.5, 0.6)) == (0.5, 0.6)
+    facts = json.loads((Path(config.output_dir) / "run.json").read_text(encoding="utf-8"))
+    assert facts["lr_at_steps"]["100"] == 1e-5
+
+
+@pytest.mark.parametrize("kinds", [("muon", "adamw"), ("adamw", "muon")])
+def test_the_state_of_another_optimizer_is_refused_by_name(settings: Settings, write_samples: Any, kinds: Any) -> None:
+    files = write_samples(LENGTHS)
+    before, now = (
+        ("training.max_steps=" + steps, f"training.optimizer={kind}") for steps, kind in zip("24", kinds, strict=True)
+    )
+    train(settings(files, *before, "training.save_steps=2"))
+    with pytest.raises(ValueError, match=rf"training\.optimizer='{kinds[1]}' cannot take up what .*checkpoint-2 holds"):
+        train(settings(files, *now))
+
+
 def test_a_checkpoint_of_the_time_before_manifests_and_guards_is_gone_on_with_bit_for_bit(
     settings: Settings, write_samples: Any
 ) -> None:
