@@ -24,6 +24,7 @@ from dllm_var.text.chat import render_sample
 from dllm_var.text.instructions import check_record, to_messages
 
 SCAN = 64 * 2**20  # bytes looked at a time while line starts are searched
+SHORTEST = 30  # bytes of a record at the least, by its keys alone; what is shorter may be blank
 OPEN_FILES = 128  # files kept open at a time
 
 
@@ -144,7 +145,8 @@ def find_files(option: str, given: Any) -> list[Path]:
 
 
 class SampleFiles:
-    """All samples of some JSON Lines files, numbered in file order. Only the line starts are kept: 8 bytes a sample.
+    """All samples of some JSON Lines files, numbered in file order; blank lines are none. Only the line starts are kept: 8
+    bytes a sample.
 
     Lines are read by position and not mapped into memory: where a mapped file becomes shorter, the process dies.
 
@@ -164,7 +166,7 @@ class SampleFiles:
                 starts.append(_line_starts(file))
             except OSError as error:
                 raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
-            if self._sizes[number] == 0:
+            if not len(starts[number]):
                 raise ValueError(f"{path} is empty: it holds no sample.")
             kinds[_is_text(self._read(number, 0, int([*starts[number], self._sizes[number]][1])))] = path
         self._starts, self._first = np.concatenate(starts), [0, *np.cumsum([len(begins) for begins in starts]).tolist()]
@@ -186,14 +188,15 @@ class SampleFiles:
 
     def __getitem__(self, index: int) -> Sample:
         number = bisect_right(self._first, index) - 1
-        path, line, start = self.files[number], index - self._first[number] + 1, int(self._starts[index])
+        path, own, start = self.files[number], index - self._first[number] + 1, int(self._starts[index])
         last = index + 1 == self._first[number + 1]
         content = self._read(number, start, self._sizes[number] if last else int(self._starts[index + 1]))
         try:
-            return self.rules.sample(json.loads(content), f"{path.stem}:{line}", text=self.text)
+            return self.rules.sample(json.loads(content), f"{path.stem}:{own}", text=self.text)
         except (ValueError, RecursionError) as error:
             kind = "an instruction record" if self.text else "a tokenised sample"
-            reason = str(error).rstrip(".")
+            before = (self._read(number, at, min(at + SCAN, start)) for at in range(0, start, SCAN))
+            line, reason = 1 + sum(part.count(b"\n") for part in before), str(error).rstrip(".")
             raise ValueError(f"{path}, line {line} is not {kind}: {reason} (the line starts at byte {start}).") from error
 
     def _read(self, number: int, start: int, end: int) -> bytes:
@@ -222,13 +225,16 @@ class SampleFiles:
 
 
 def _line_starts(file: FileIO) -> Ints:
-    """Byte offset of every line; an empty last line counts for nothing."""
+    """Byte offset of every line that is not blank."""
     breaks, length = [np.zeros(1, np.int64)], 0
     while chunk := file.read(SCAN):
         breaks.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + (length + 1))
         length += len(chunk)
     starts = np.concatenate(breaks)
-    return starts[:-1] if starts[-1] == length else starts
+    lengths = np.diff(starts, append=length)
+    short = np.flatnonzero(lengths < SHORTEST)
+    blank = [i for i in short if not os.pread(file.fileno(), int(lengths[i]), int(starts[i])).strip()]
+    return np.delete(starts, blank)
 
 
 def _is_text(line: bytes) -> bool:

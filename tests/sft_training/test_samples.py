@@ -62,7 +62,6 @@ def test_lines_are_found_whatever_the_size_of_a_look(tmp_path: Path, monkeypatch
     ("line", "reason"),
     [
         ("{broken", "line 2 is not a tokenised sample"),
-        ("", "line 2 is not a tokenised sample"),
         ("[1, 2]", "a JSON object is needed, this is a list"),
         ('{"prompt_length": 1}', "it lacks 'input_ids'"),
         ('{"input_ids": [1, 2]}', "it lacks 'prompt_length'"),
@@ -118,6 +117,20 @@ def test_files_that_are_not_there_are_named(given: object, said: str) -> None:
 def test_a_folder_is_answered_with_the_glob_for_its_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is a folder; write .*/\*\.jsonl for the files in it"):
         find_files("dataset.files", str(tmp_path))
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_blank_lines_are_no_samples_and_the_lines_behind_them_keep_their_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(samples, "SCAN", chunk)
+    path = tmp_path / "gaps.jsonl"
+    path.write_bytes(f"\n{json.dumps(GOOD)}\r\n\r\n  \n{json.dumps({**GOOD, 'id': 'a:2'})}\n{{broken\n\n\n".encode())
+    found = opened(path)
+    assert [found[i].key for i in range(2)] == ["a:1", "a:2"]
+    with pytest.raises(ValueError, match=r"gaps\.jsonl, line 6 is not a tokenised sample: .* starts at byte"):
+        found[2]
+    assert len(found) == 3
 
 
 def test_an_empty_file_is_named(tmp_path: Path) -> None:
