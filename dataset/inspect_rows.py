@@ -4,7 +4,8 @@
 
 Takes the settings of ``sft_training/sft.py`` (see ``configs/sft.yaml``) and prints the very rows that a training with them
 would start with. Colours: prompts blue, visible response plain, masked response red on its clean text, masked EOS white on
-red, mask-only tails dim dots, padding dim dashes; a bar opens each sample.
+red, visible tokens of the loss underlined (right ones green, wrong ones in their place magenta), mask-only tails dim dots,
+padding dim dashes; a bar opens each sample.
 """
 
 import argparse
@@ -29,6 +30,8 @@ STYLES = {
     "visible": "default",
     "masked": "red",
     "masked EOS": "bold white on red",
+    "checked": "underline green",
+    "replaced": "underline magenta",
     "tail": "dim yellow",
     "padding": "dim",
 }
@@ -36,14 +39,16 @@ SIGNS = {"tail": "·", "padding": "-"}
 BORDER = "▌"
 
 
-def kinds(row: Row, masked: np.ndarray, special: SpecialTokens) -> list[str]:
-    """What each position of a row is, one of the names of `STYLES`."""
+def kinds(row: Row, noisy: np.ndarray, asked: np.ndarray, special: SpecialTokens) -> list[str]:
+    """What each position of a corrupted row is, one of the names of `STYLES`; ``asked`` are those of the loss."""
     found = []
-    for position, token in enumerate(row.ids.tolist()):
+    for position, (token, seen) in enumerate(zip(row.ids.tolist(), noisy.tolist(), strict=True)):
         if not row.real[position]:
             found.append("padding")
-        elif masked[position]:
+        elif asked[position] and seen == special.mask:
             found.append("masked EOS" if token in special.stop else "masked")
+        elif asked[position]:
+            found.append("checked" if seen == token else "replaced")
         elif row.response[position]:
             found.append("visible")
         else:
@@ -51,7 +56,7 @@ def kinds(row: Row, masked: np.ndarray, special: SpecialTokens) -> list[str]:
     return found
 
 
-def picture(row: Row, names: list[str], tokenizer: PreTrainedTokenizerBase) -> Text:
+def picture(row: Row, noisy: np.ndarray, names: list[str], tokenizer: PreTrainedTokenizerBase) -> Text:
     """A row as coloured text: runs of one kind are decoded together, a bar opens each sample."""
     starts = {start: inside for _, start, _, inside in row.pieces}
     text = Text(overflow="fold")
@@ -62,7 +67,8 @@ def picture(row: Row, names: list[str], tokenizer: PreTrainedTokenizerBase) -> T
         if begin in starts:
             text.append(("" if begin == 0 else "\n") + BORDER + ("…" if starts[begin] else ""), style="bold green")
         name = names[begin]
-        shown = SIGNS[name] * (end - begin) if name in SIGNS else tokenizer.decode(row.ids[begin:end].tolist())
+        ids = noisy if name == "replaced" else row.ids
+        shown = SIGNS[name] * (end - begin) if name in SIGNS else tokenizer.decode(ids[begin:end].tolist())
         text.append(shown, style=STYLES[name])
         begin = end
     return text
@@ -75,11 +81,12 @@ def pictures(config: SftConfig, number: int) -> Iterator[Text]:
     collate = build_collate(config, special)
     for row in islice(stream, number):
         batch = collate([row])
-        names = kinds(row, batch["masked"][0].numpy(), special)
+        noisy = batch["noisy"][0].numpy()
+        names = kinds(row, noisy, batch["masked"][0].numpy(), special)
         counts = ", ".join(f"{names.count(name)} {name}" for name in STYLES if name in names)
         levels = batch["t"][0][batch["masked"][0]].unique().tolist()
         head = f"row {row.index}: {len(row.pieces)} samples, t {', '.join(f'{t:.2f}' for t in levels)}; {counts}\n"
-        yield Text(head, style="bold") + picture(row, names, tokenizer) + Text("\n")
+        yield Text(head, style="bold") + picture(row, noisy, names, tokenizer) + Text("\n")
 
 
 def legend() -> Text:

@@ -35,7 +35,8 @@ def test_every_position_is_named_as_what_it_is(script: Any, files: Path, chat_fo
     tokenizer, special = tool.open_tokenizer(config)
     row = next(iter(tool.build_stream(config, 288, special)))
     batch = tool.build_collate(config, special)([row])
-    names = tool.kinds(row, batch["masked"][0].numpy(), special)
+    noisy = batch["noisy"][0].numpy()
+    names = tool.kinds(row, noisy, batch["masked"][0].numpy(), special)
     counts = batch["counts"]
     assert names.count("prompt") == counts.prompt
     assert names.count("masked EOS") == counts.eos
@@ -45,12 +46,31 @@ def test_every_position_is_named_as_what_it_is(script: Any, files: Path, chat_fo
     assert len(names) == 160
     assert {"prompt", "masked", "masked EOS", "visible", "tail", "padding"} == set(names)
 
-    text = tool.picture(row, names, tokenizer)
+    text = tool.picture(row, noisy, names, tokenizer)
     assert text.plain.count(tool.BORDER) == len(row.pieces)
     assert text.plain.count("·") == names.count("tail")
     assert text.plain.count("answer ") <= 3 * len(row.pieces)
     shown = {str(span.style) for span in text.spans}
     assert {tool.STYLES[name] for name in set(names)} <= shown
+
+
+def test_visible_tokens_of_the_loss_are_not_called_masked_and_wrong_ones_are_shown(
+    script: Any, files: Path, chat_folder: Path
+) -> None:
+    tool = script("dataset/inspect_rows.py")
+    config = compose_settings([*overrides(files, chat_folder), "forward_process.edit_share=0.9"])
+    tokenizer, special = tool.open_tokenizer(config)
+    row = next(iter(tool.build_stream(config, 288, special)))
+    batch = tool.build_collate(config, special)([row])
+    noisy, asked = batch["noisy"][0].numpy(), batch["masked"][0].numpy()
+    names = tool.kinds(row, noisy, asked, special)
+    assert names.count("masked") + names.count("masked EOS") == int((asked & (noisy == special.mask)).sum())
+    assert names.count("replaced") == int((asked & (noisy != special.mask) & (noisy != row.ids)).sum()) > 0
+    assert names.count("checked") + names.count("replaced") == int((asked & (noisy != special.mask)).sum())
+    text = tool.picture(row, noisy, names, tokenizer)
+    wrong = [text.plain[span.start : span.end] for span in text.spans if str(span.style) == tool.STYLES["replaced"]]
+    first = names.index("replaced")
+    assert wrong[0].startswith(tokenizer.decode([int(noisy[first])]))
 
 
 def test_the_command_prints_a_legend_and_the_rows_asked_for(
