@@ -36,6 +36,7 @@ SAMPLES_FILE = "samples.jsonl"
 READ_WITH_WEIGHTS = ("config.json", "tokenizer.json", "tokenizer_config.json", "token_freq.json", "adapter_config.json")
 LIBRARIES = ("lm_eval", "torch", "transformers", "tokenizers")
 DECIDES = ("model_sha256", "adapter_sha256", "model_files", "dtype", "device_type", "versions", "code_sha256")
+MODEL_FACTS = {"model_sha256": "the weights", "adapter_sha256": "the adapter", "model_files": "tokenizer or config"}
 ONLY_SPEED = ("batch_size", "output_dir")  # settings that do not decide over a result
 
 
@@ -89,8 +90,8 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
-def is_complete(folder: Path, config: EvalConfig, weights: Path) -> bool:
-    """Whether the results of just these settings and weights are in this folder already.
+def is_complete(folder: Path, config: EvalConfig, model: dict[str, Any]) -> bool:
+    """Whether the results of just these settings and this model (its `model_facts`) are in this folder already.
 
     Raises:
         ValueError: the results of others are.
@@ -102,8 +103,9 @@ def is_complete(folder: Path, config: EvalConfig, weights: Path) -> bool:
     facts, settings = report.read(folder)["facts"], asdict(config)
     before = facts.get("settings", {})
     other = [name for name, value in settings.items() if name not in ONLY_SPEED and before.get(name) != value]
-    if facts.get("model_sha256") != weights_hash(weights):
-        other.append("the weights")
+    for name, words in MODEL_FACTS.items():
+        if facts.get(name) != model[name]:
+            other.append(words)
     if other:
         raise ValueError(f"output_dir={folder} holds results of other settings ({', '.join(other)}): give another folder.")
     return True
@@ -129,7 +131,8 @@ def lead(config: EvalConfig, team: Team) -> None:
     """
     started, folder = time.time(), Path(config.output_dir)
     weights = check_model(config.model)
-    if is_complete(folder, config, weights):
+    facts = model_facts(config, weights)
+    if is_complete(folder, config, facts):
         print(f"eval.py: {folder} is complete: nothing to do", file=sys.stderr)
         return
     at = device()
@@ -145,7 +148,6 @@ def lead(config: EvalConfig, team: Team) -> None:
         config.dataset.name, path=config.data_folder, num_fewshot=config.dataset.num_fewshot, seed=config.seed,
         confirm_run_unsafe_code=config.confirm_run_unsafe_code, builtin=config.dataset.builtin,
     )  # fmt: skip
-    facts = model_facts(config, weights)
     with ResponseStore(folder) as store:
         team.hand_out([folder] * team.size)
         model = open_model(config, at)

@@ -106,7 +106,7 @@ class Worker:
             decoding = replace(decoding, max_gen_length=min(limit, decoding.max_gen_length))
         started = time.perf_counter()
         found = dllm_var.generate(self._model, [q.ids for q in batch], decoding, requests=[q.request for q in batch])
-        seconds = (time.perf_counter() - started) / len(batch)
+        latency = time.perf_counter() - started
         answers = []
         for question, answer in zip(batch, found, strict=True):
             cut = limit is not None and len(answer.tokens) > limit
@@ -116,7 +116,8 @@ class Worker:
                     task=question.task, doc_id=question.doc_id, request=question.request, prompt_length=len(question.ids),
                     text=until_stop(decode_text(self._model.tokenizer, tokens), question.until), tokens=tokens,
                     raw_length=len(answer.raw), stop_reason="length" if cut else answer.stop_reason,
-                    forwards=answer.forwards, positions=answer.positions, decided=answer.decided, seconds=seconds,
+                    forwards=answer.forwards, positions=answer.positions, decided=answer.decided,
+                    seconds=latency / len(batch), latency=latency,
                 )
             )  # fmt: skip
         return answers

@@ -53,12 +53,12 @@ def computation(answers: Sequence[Answer]) -> dict[str, Any]:
     """What these answers (at least one) took: means per answer, and ratios of sums.
 
     ``seconds`` are those of decoding alone, shared out evenly among the answers of a batch. The first forward of an answer
-    is its prefill.
+    is its prefill. Latencies are those of the batch that an answer was in.
     """
     n = len(answers)
     total = {name: sum(getattr(a, name) for a in answers) for name in ("decided", "raw_length", "forwards", "positions")}
     seconds = sum(a.seconds for a in answers)
-    lengths = sorted(a.decided for a in answers)
+    lengths, latencies = sorted(a.decided for a in answers), sorted(a.latency for a in answers)
     return {
         "answers": n,
         "stop_reasons": dict(sorted(Counter(a.stop_reason for a in answers).items())),
@@ -74,6 +74,7 @@ def computation(answers: Sequence[Answer]) -> dict[str, Any]:
         "positions": total["positions"] / n,
         "tokens_per_forward": total["decided"] / total["forwards"],
         "seconds": seconds,
+        "latency_percentiles": {f"p{share}": latencies[round(share / 100 * (n - 1))] for share in (50, 90, 99)},
         "tokens_per_second": total["decided"] / seconds if seconds else None,
         "raw_tokens_per_second": total["raw_length"] / seconds if seconds else None,
     }

@@ -28,7 +28,8 @@ class Answer:
         raw_length: positions of the canvas' response. stop_reason: "eos" or "length", see `dllm_var.Generation`.
         forwards, positions: model calls, and positions computed in them. decided: tokens that the answer took, its stop
             token included.
-        seconds: of decoding, the batch's divided by its rows.
+        seconds: of decoding, the batch's divided by its rows. latency: seconds from the batch's start to its end, when
+            the answer was handed out.
     """
 
     task: str
@@ -43,6 +44,7 @@ class Answer:
     positions: int
     decided: int
     seconds: float
+    latency: float
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def outcome(folder: Path) -> tuple[Any, str, dict[str, Any]]:
     """What may not depend on processes and batches: rows, scores, answers."""
-    records = {key: {**vars(record), "seconds": None} for key, record in read_records(folder).items()}
+    records = {key: {**vars(record), "seconds": None, "latency": None} for key, record in read_records(folder).items()}
     return report.read(folder)["rows"], (folder / entry.SAMPLES_FILE).read_text(encoding="utf-8"), records
 
 
@@ -151,9 +151,12 @@ def test_a_complete_folder_is_left_alone_and_other_settings_are_refused(
         evaluate(alone / "suite", *SUITE, "limit=2")
     with pytest.raises(ValueError, match=r"other settings \(generation, seed\)"):
         evaluate(alone / "suite", *SUITE, "seed=1")
-    monkeypatch.setattr(entry, "weights_hash", lambda folder: "another")
-    with pytest.raises(ValueError, match=r"other settings \(the weights\)"):
-        evaluate(alone / "suite", *SUITE)
+    for name, words in entry.MODEL_FACTS.items():  # as after training the model, or an adapter on it, once more
+        facts = entry.model_facts
+        with monkeypatch.context() as patch:
+            patch.setattr(entry, "model_facts", lambda *given, name=name, facts=facts: {**facts(*given), name: "another"})
+            with pytest.raises(ValueError, match=rf"other settings \({words}\)"):
+                evaluate(alone / "suite", *SUITE)
 
 
 def test_answers_of_other_code_or_weights_are_not_used(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

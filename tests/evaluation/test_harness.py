@@ -143,7 +143,7 @@ def test_an_answer_that_must_end_by_itself_is_marked_when_it_did_not(adapter: An
     plain = adapter().generate_until(requests(PROMPTS[:1]))
     assert adapter().generate_until(asked) == [plain[0] + UNFINISHED]
     lm = adapter(folder="ended")
-    lm._stored = {lm._question(asked[0], 0).key: Answer("some", 0, 1, 1, "4", [], 1, "eos", 1, 1, 1, 0.0)}
+    lm._stored = {lm._question(asked[0], 0).key: Answer("some", 0, 1, 1, "4", [], 1, "eos", 1, 1, 1, 0.0, 0.0)}
     assert lm.generate_until(asked) == ["4"]
 
 

@@ -24,7 +24,7 @@ FACTS = {"model": "tiny", "generation": {"method": "dllm_var", "cache": "block_c
 
 def _answer(**changes: Any) -> Any:
     usual = {"task": "gsm8k", "prompt_length": 40, "raw_length": 32, "stop_reason": "eos", "forwards": 4, "positions": 168}
-    return SimpleNamespace(**{**usual, "decided": 10, "seconds": 0.5, **changes})
+    return SimpleNamespace(**{**usual, "decided": 10, "seconds": 0.5, "latency": 1.0, **changes})
 
 
 def test_there_is_a_row_for_every_filter_with_its_error_shots_and_version() -> None:
@@ -41,6 +41,11 @@ def test_ratios_are_a_sum_over_a_sum() -> None:
     assert figures["tokens_per_forward"] == 12 / 5  # the mean of ratios would be 2.25
     assert figures["tokens_per_second"] == pytest.approx(12 / 0.6)
     assert figures["forwards_without_prefill"] == 1.5
+
+
+def test_latencies_are_told_by_percentile() -> None:
+    figures = computation([_answer(latency=float(seconds)) for seconds in range(100, -1, -1)])
+    assert figures["latency_percentiles"] == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
 
 
 def test_tokens_end_with_the_first_stop_token_and_the_rest_of_the_block_is_waste() -> None:

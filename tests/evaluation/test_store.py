@@ -11,7 +11,7 @@ from evaluation.store import MERGED, Answer, Rating, ResponseStore, key_of, merg
 def answer(doc_id: int, task: str = "sums") -> Answer:
     return Answer(
         task=task, doc_id=doc_id, request=7, prompt_length=3, text="4 é\n", tokens=[5, 6], raw_length=8, stop_reason="eos",
-        forwards=4, positions=30, decided=3, seconds=0.5,
+        forwards=4, positions=30, decided=3, seconds=0.5, latency=2.0,
     )  # fmt: skip
 
 
