@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from dllm_var import GenerationConfig
@@ -22,7 +21,7 @@ from dllm_var.pretrained import base_folder, resolve_folder
 from dllm_var.text.chat import TEMPLATES
 from evaluation import task_files
 from evaluation.programs import require_consent
-from sft_training.overrides import CONFIGS, check_overrides, compose_file, fill, keep_words
+from sft_training.overrides import CONFIGS, check_overrides, compose_file, fill
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 GROUPS = ("model", "generation", "cache")
@@ -109,15 +108,10 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
     generation and cache are passed on even where the chosen file does not have them: `GenerationConfig` says why not.
 
     Raises:
-        ValueError: a key that does not exist, with the valid ones, or an unknown model.
+        ValueError: a value that cannot be read, a key that does not exist, with the valid ones, or an unknown model.
     """
-    try:
-        check_overrides(list(arguments), EvalConfig, GROUPS)
-        words = keep_words(list(arguments), EvalConfig)
-    except HydraException as error:
-        raise ValueError(f"the command line cannot be read: {' '.join(str(error).split())}") from error
     made = []
-    for word in words:
+    for word in check_overrides(arguments, EvalConfig, GROUPS):
         key, sign, value = word.partition("=")
         if key == "model" and sign:
             names = sorted(file.stem for file in (CONFIGS / "eval_model").glob("*.yaml"))

@@ -16,7 +16,7 @@ from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.pretrained import resolve_folder
 from dllm_var.text.special_tokens import SpecialTokens, resolve
 from dllm_var.text.tokenizer import load_tokenizer
-from sft_training.config import SftConfig, SourceSection, packer_of
+from sft_training.config import SftConfig, SourceSection, check_schedule, packer_of
 from sft_training.data import Collate, RowStream
 from sft_training.mixture import Mixture, Source
 from sft_training.samples import SampleFiles, SampleRules, Samples, find_files
@@ -135,7 +135,7 @@ def training_steps(
     """training.max_steps, or as many as the passes over the data give (found by packing them once).
 
     Raises:
-        ValueError: the passes give fewer steps than asked for, or not even one.
+        ValueError: the passes give fewer steps than asked for, not even one, or too few for the schedule.
     """
     wanted = config.training.max_steps
     if config.passes() is None:
@@ -154,6 +154,7 @@ def training_steps(
             f"training.max_steps={wanted}, but dataset.epochs={config.passes()} gives {steps} steps: lower max_steps, raise "
             "epochs, or set one of them to null."
         )
+    check_schedule(config.training, steps)
     return steps
 
 

@@ -218,8 +218,12 @@ def check(config: SftConfig) -> None:
             _at_least(f"training.{name}", getattr(training, name), 1)
     for name in ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm"):
         _at_least(f"training.{name}", getattr(training, name), 0)
+    validation = config.validation
     for name in ("every", "samples", "block_length", "max_gen_length"):
-        _at_least(f"validation.{name}", getattr(config.validation, name), 1)
+        _at_least(f"validation.{name}", getattr(validation, name), 1)
+    _at_least("validation.decodes", validation.decodes, 0)
+    if not 0 <= validation.threshold <= 1:
+        raise ValueError(f"validation.threshold={validation.threshold}: a confidence to reach is at least 0 and at most 1.")
     if config.dataset.epochs is not None:
         _at_least("dataset.epochs", config.dataset.epochs, 1)
     if (training.schedule == "wsd") != (training.decay_steps > 0):
@@ -227,6 +231,8 @@ def check(config: SftConfig) -> None:
             f"training.schedule={training.schedule!r} with training.decay_steps={training.decay_steps}: wsd needs "
             "decay_steps >= 1, the other schedules decay_steps=0."
         )
+    if training.max_steps is not None:
+        check_schedule(training, training.max_steps)
     if len(training.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in training.betas):
         raise ValueError(f"training.betas={training.betas}: give two numbers in [0, 1).")
     check_sources(config.dataset)
@@ -234,6 +240,20 @@ def check(config: SftConfig) -> None:
     _at_least("dataset.prefetch_steps", config.dataset.prefetch_steps, 0)
     _check_adapter(config)
     _check_model(config)
+
+
+def check_schedule(training: TrainingSection, steps: int) -> None:
+    """Whether wsd's warm-up and decay have room in a run of so many optimizer steps.
+
+    Raises:
+        ValueError: naming option, value and fix.
+    """
+    needed = training.warmup_steps + training.decay_steps
+    if training.schedule == "wsd" and needed > steps:
+        raise ValueError(
+            f"training.warmup_steps={training.warmup_steps} and training.decay_steps={training.decay_steps} take {needed} "
+            f"steps, but the run has {steps}: lower them, or let it run longer."
+        )
 
 
 def _check_adapter(config: SftConfig) -> None:

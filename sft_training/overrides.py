@@ -5,7 +5,7 @@ accepts ``+training.foo=1`` without a word, and its message for a mistyped key n
 """
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -29,8 +29,7 @@ def compose_settings(overrides: list[str]) -> SftConfig:
     Raises:
         ValueError: as `check_overrides` and `typed` say, or a group without the option that was asked for.
     """
-    check_overrides(overrides)
-    return typed(compose_file("sft", keep_words(overrides)))
+    return typed(compose_file("sft", check_overrides(overrides)))
 
 
 def compose_file(name: str, overrides: list[str]) -> DictConfig:
@@ -74,18 +73,30 @@ def fill(config: DictConfig, schema: type[Schema]) -> Schema:
     return built
 
 
-def check_overrides(arguments: list[str], schema: type = SftConfig, groups: Collection[str] = GROUPS) -> None:
+def check_overrides(arguments: Sequence[str], schema: type = SftConfig, groups: Collection[str] = GROUPS) -> list[str]:
     """Look at command-line overrides before Hydra does, because its message for a mistyped key lists nothing.
 
     Args:
         arguments: the command line. groups: names that choose a file of a group.
         schema: the dataclass with the valid keys; those of a ``dict`` in it are its reader's business.
 
+    Returns:
+        The same command line, with quotes where a word is wanted and Hydra would not read one.
+
     Raises:
-        ValueError: a key that no section has, with the valid ones.
+        ValueError: a value that cannot be read, or a key that no section has, with the valid ones.
     """
-    settings = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
-    for override in OverridesParser.create().parse_overrides(settings):
+    words = [_keep_word(argument, schema) for argument in arguments]
+    for word in words:
+        if word.startswith("-") or not ("=" in word or word.startswith("~")):
+            continue
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException as error:
+            reason = " ".join(str(error).split("See https")[0].split())
+            raise ValueError(
+                f"{word} cannot be read ({reason}). A value with signs like = or ( needs quotes in quotes: KEY=\"'VALUE'\"."
+            ) from error
         key = override.key_or_group
         chosen_group = key in groups and not isinstance(override.value(), dict)
         if key.split(".")[0] == "hydra" or "/" in key or chosen_group:
@@ -97,21 +108,23 @@ def check_overrides(arguments: list[str], schema: type = SftConfig, groups: Coll
             if not is_dataclass(node) or part not in get_type_hints(node):
                 raise _unknown(key, node, ".".join(key.split(".")[:depth]), part)
             node = get_type_hints(node)[part]
+    return words
 
 
-def keep_words(arguments: list[str], schema: type = SftConfig) -> list[str]:
-    """The same command line with quotes where a word is wanted and Hydra would read a number: output_dir=1e5."""
-    kept = []
-    for argument in arguments:
-        key, sign, value = argument.partition("=")
-        node: Any = schema
-        for part in key.lstrip("+").split("."):
-            node = get_type_hints(node).get(part) if is_dataclass(node) else None
-        if sign and node in (str, str | None, Any):
-            read = OverridesParser.create().parse_override(argument).value()
-            value = f"'{value}'" if isinstance(read, bool | int | float) else value
-        kept.append(key + sign + value)
-    return kept
+def _keep_word(argument: str, schema: type) -> str:
+    """An override with quotes where a word is wanted and Hydra would read a number (1e5) or nothing at all (a=b.jsonl)."""
+    key, sign, value = argument.partition("=")
+    node: Any = schema
+    for part in key.lstrip("+").split("."):
+        node = get_type_hints(node).get(part) if is_dataclass(node) else None
+    if not sign or node not in (str, str | None, Any):
+        return argument
+    try:
+        quoted = isinstance(OverridesParser.create().parse_override(argument).value(), bool | int | float)
+    except HydraException:
+        quoted = True
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'" if quoted else argument
 
 
 def _refuse_unknown(values: dict[Any, Any], section: Any, path: str) -> None:

@@ -40,7 +40,7 @@ from sft_training.build import (
 )
 from sft_training.checkpoints import PARTIAL, RunStopped, checkpoint_to_resume, full_disk_told, make_ready, resume_stream
 from sft_training.config import SftConfig
-from sft_training.overrides import check_overrides, compose_settings, keep_words, typed
+from sft_training.overrides import check_overrides, compose_settings, typed
 from sft_training.precision import apply_fp8, check_fp8
 from sft_training.records import Recorder, RunFile, write_config, write_run
 from sft_training.sharding import (
@@ -278,11 +278,9 @@ def _main(composed: DictConfig) -> None:
 def main() -> None:
     """Command-line entry."""
     try:
-        if any(argument.startswith("-") for argument in sys.argv[1:]):  # a flag for Hydra itself, such as --cfg job
-            check_overrides(sys.argv[1:])
-        else:
+        if not any(argument.startswith("-") for argument in sys.argv[1:]):  # a flag for Hydra itself, such as --cfg job
             compose_settings(sys.argv[1:])  # so that a mistake leaves no run folder behind
-        sys.argv[1:] = keep_words(sys.argv[1:])
+        sys.argv[1:] = check_overrides(sys.argv[1:])
     except ValueError as error:
         raise SystemExit(f"sft.py: {error}") from error
     if int(os.environ.get("RANK", "0")) > 0:  # one run folder and one log, written by the first process

@@ -6,6 +6,7 @@ the end is also looked for as decoding looks for it, with nothing but masks to t
 Legend: B rows, L longest canvas, M wanted positions.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -71,11 +72,22 @@ class Validator(TrainerCallback):
     ) -> None:
         self.section, self.pretrained, self.log, self.together = section, pretrained, log, together
         context = pretrained.model.config.max_sequence_length - 2 * section.block_length
-        every = (samples[i] for i in range(len(samples)))
-        fitting = (sample for sample in every if len(sample.ids) <= context and sample.response.any())
-        self.samples = list(islice(fitting, section.samples))
+        self.samples: list[Sample] = []
+        left_out = 0
+        for sample in map(samples.__getitem__, range(len(samples))):
+            fits = len(sample.ids) <= context and bool(sample.response.any())
+            left_out += not fits
+            if fits:
+                self.samples.append(sample)
+            if len(self.samples) == section.samples:
+                break
         if not self.samples:
             raise ValueError(f"validation.files: no sample has a response and at most {context} tokens.")
+        if left_out:
+            logging.getLogger(__name__).warning(
+                "validation.files: %d of the first %d samples are left out, for more than %d tokens or no response.",
+                left_out, left_out + len(self.samples), context,
+            )  # fmt: skip
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         due = state.global_step % self.section.every == 0 or state.global_step == state.max_steps

@@ -95,6 +95,9 @@ def test_the_defaults_are_the_published_recipe_but_for_rows_and_view() -> None:
         ("view.every_block=true", r"view\.every_block=true with packing\.attention='full' and packing\.mode='whole'"),
         ("packing.mode=tight", "packing='tight': choose 'split'"),
         ("forward_process.t_max=3", "t_max=3.0"),
+        ("validation.decodes=-1", r"validation\.decodes=-1: must be at least 0"),
+        ("validation.threshold=90", r"validation\.threshold=90\.0: a confidence to reach"),
+        ("training.betas=[0.9", r"training\.betas=\[0\.9 cannot be read \(.*\)\. A value with signs like"),
         ("model.path=null", r"model\.path is null: give a checkpoint folder or 'tiny'"),
         ("model.from_scratch=true", r"model\.from_scratch=true needs model\.config=FOLDER"),
         ("model.config=F", r"model\.config='F' only goes with model\.from_scratch=true"),
@@ -104,6 +107,22 @@ def test_the_defaults_are_the_published_recipe_but_for_rows_and_view() -> None:
 def test_a_mistake_is_answered_by_name(override: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         compose_settings([*ENOUGH, override])
+
+
+@pytest.mark.parametrize(
+    "name", ["runs/t=0.1/a.jsonl", "my texts (1).jsonl", "ré sumé.jsonl", "it's.jsonl", "[a.jsonl", "1e5"]
+)
+def test_a_path_is_taken_as_it_is_typed(name: str) -> None:
+    assert compose_settings([f"dataset.files={name}"]).dataset.files == name
+
+
+def test_warm_up_and_decay_must_have_room_in_the_run() -> None:
+    wsd = [*ENOUGH, "training.schedule=wsd", "training.warmup_steps=20", "training.max_steps=100"]
+    assert compose_settings([*wsd, "training.decay_steps=80"]).training.decay_steps == 80
+    with pytest.raises(
+        ValueError, match=r"warmup_steps=20 and training\.decay_steps=81 take 101 steps, but the run has 100"
+    ):
+        compose_settings([*wsd, "training.decay_steps=81"])
 
 
 def test_a_sample_per_row_cannot_be_cut_anywhere() -> None:

@@ -161,9 +161,12 @@ def test_measuring_uses_evaluation_mode_and_gives_the_training_mode_back(write_s
     assert found.pretrained.model.training
 
 
-def test_samples_too_long_for_the_model_are_left_out(write_samples: Any) -> None:
+def test_samples_too_long_for_the_model_are_left_out_and_counted(
+    write_samples: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     found = validator(write_samples, lambda row, position: 97, [12, 700, 9])
     assert [len(sample.ids) for sample in found.samples] == [17, 14]
+    assert "validation.files: 1 of the first 3 samples are left out, for more than 496 tokens" in caplog.text
     with pytest.raises(ValueError, match=r"validation\.files: no sample has a response and at most 496 tokens"):
         validator(write_samples, lambda row, position: 97, [700])
 
