@@ -30,7 +30,7 @@ def fast_dllm(p: Params) -> Params:
     """A threshold or factor replaces the steps; ``early_stop`` decides nothing behind an EOS."""
     names = {"none": ("none", None), "prefix": ("prefix", False), "dual": ("prefix", True)}
     cache, use_dual = names[p.pop("cache")]
-    if p.get("threshold") or p.get("factor"):
+    if p.get("threshold") is not None or p.get("factor") is not None:
         del p["steps"]
     return {"method": "vanilla", "cache": cache, "use_dual": use_dual, "stop_until_eos": p.pop("early_stop", None), **p}
 

@@ -91,7 +91,7 @@ def _scorer(config: GenerationConfig, special: SpecialTokens, model: LLaDAConfig
     if config.lambd:
         scorer = PositionPrior(scorer, config.lambd, config.position_prior)
     if config.sigma is not None:
-        scorer = CertaintyPrior(scorer, config.sigma)
+        scorer = CertaintyPrior(scorer, config.sigma, open_end=config.canvas == "growing")
     if config.confidence_eos_eot_inf:
         scorer = DecidedLast(scorer, special.stop)
     return scorer
@@ -115,7 +115,9 @@ def _frequencies(config: GenerationConfig, special: SpecialTokens, model: LLaDAC
 def _selector(config: GenerationConfig) -> Selector:
     inclusive = config.canvas == "fixed"
     least = config.num_transfer_tokens or 1
-    count: Selector = Schedule(config.steps, config.blocks) if config.steps is not None else Quota(least)
+    count: Selector = Quota(least)
+    if config.steps is not None:
+        count = Schedule(config.steps, config.blocks, catches_up=config.rule != "klass")
     if config.rule == "wino":
         assert config.wide_in_thres is not None
         return Wino(config.wide_in_thres, config.narrow_out_thres, config.remask_budget)
@@ -124,8 +126,9 @@ def _selector(config: GenerationConfig) -> Selector:
         assert config.kl_threshold is not None
         assert config.threshold is not None
         chosen = Klass(
-            config.threshold, config.kl_threshold, config.kl_history_length, config.kl_warmup, config.unmask_strategy, count
-        )
+            config.threshold, config.kl_threshold, config.kl_history_length, config.kl_warmup, config.unmask_strategy, count,
+            config.block_length, config.response_limit,
+        )  # fmt: skip
     elif config.gamma is not None:
         chosen = EntropyBound(config.gamma)
     elif config.factor is not None:

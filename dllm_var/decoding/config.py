@@ -31,6 +31,7 @@ NEEDS = {
     "kl_history_length": "kl_threshold", "kl_warmup": "kl_threshold", "unmask_strategy": "kl_threshold",
     "narrow_out_thres": "wide_in_thres", "remask_budget": "wide_in_thres", "edit_threshold": "enable_editing",
     "clip_alpha": "debias", "special_token_freq": "debias", "frequency_file": "debias",
+    "top_p": "temperature", "top_k": "temperature", "score_distribution": "temperature",
 }  # fmt: skip
 
 
@@ -81,7 +82,8 @@ class GenerationConfig:
             tokens appended after the growth; default half of num_check_last_eot.
 
         logits_eos_inf: the EOS token is never proposed.
-        confidence_eos_eot_inf: positions where EOS or eot is proposed are decided last.
+        confidence_eos_eot_inf: positions where EOS or eot is proposed come last in the order. A threshold, which looks at
+            no order, decides them as any others.
         early_stop: end a row as soon as everything before its first stop token is final. The text is the same, the
             forwards are fewer. Off reproduces the published pass counts.
         stop_until_eos: as soon as a stop token is decided nothing behind it is decided any more. The text may differ.
@@ -220,7 +222,8 @@ class GenerationConfig:
                 self._set(name, default)
         for name, needed in NEEDS.items():
             shaped = getattr(self, needed)
-            if (shaped is None or shaped is False) and name in given and given[name] != defaults[name]:
+            off = shaped is None or shaped is False or (needed == "temperature" and not shaped)
+            if off and name in given and given[name] != defaults[name]:
                 raise ValueError(f"{name}={given[name]!r} has no effect without {needed}: leave it out, or give {needed}.")
 
     def _check_rule(self) -> None:
@@ -242,6 +245,11 @@ class GenerationConfig:
             raise ValueError(
                 f"steps={self.steps} and num_transfer_tokens={self.num_transfer_tokens} exclude each other: "
                 "the first fixes the forwards, the second the tokens of each. Leave one out."
+            )
+        if self.top_p < 1 and self.score_distribution == "tempered" and self.threshold is not None:
+            raise ValueError(
+                f"top_p={self.top_p} and score_distribution='tempered' leave threshold={self.threshold} without meaning: a "
+                "token that makes up top_p alone has the confidence 1. Give score_distribution='raw'."
             )
         if self.enable_editing and self.wide_in_thres is not None:
             raise ValueError("enable_editing=True and wide_in_thres exclude each other: wino has its own way to take back.")

@@ -15,7 +15,7 @@ from torch import Tensor
 from dllm_var.decoding.kv_policies import KVPolicy
 from dllm_var.decoding.priors import certainty_log_density
 from dllm_var.decoding.selectors import best
-from dllm_var.decoding.state import DecodeState
+from dllm_var.decoding.state import LIVE, DecodeState
 from dllm_var.decoding.step import Action, Plan, StepView
 
 ACTIVE, CONFIDENCE, IMPORTANCE = "d2cache_active", "d2cache_confidence", "d2cache_importance"
@@ -83,7 +83,7 @@ class D2Cache(KVPolicy):
         density = certainty_log_density(~state.masked, state.prompt, state.end, self.sigma)
         score = state.notes[CONFIDENCE].double().log() + density
         own = state.window()
-        count = torch.full_like(state.end, self.current_k)
+        count = torch.where(state.last == LIVE, self.current_k, column.numel())  # a last forward decides the whole window
         return best(score, own, count) | best(score, near & ~own, (count - own.sum(1)).clamp(min=0))
 
     def _attended(self, importance: Tensor, others: Tensor) -> Tensor:

@@ -37,15 +37,25 @@ class Klass(Selector):
         history: how many forwards in a row. warmup: no token is ready in the first ``history − 1`` forwards of a block.
         strategy: of the ready tokens decide "all", or the one with "max_conf" or "min_kl".
         fallback: the rule for rows without a ready token.
+        block_length, longest: the most positions of a block, and of a response.
     """
 
     def __init__(
-        self, threshold: float, kl_threshold: float, history: int, warmup: bool, strategy: str, fallback: Selector
+        self,
+        threshold: float,
+        kl_threshold: float,
+        history: int,
+        warmup: bool,
+        strategy: str,
+        fallback: Selector,
+        block_length: int,
+        longest: int,
     ) -> None:
         self.threshold, self.kl_threshold, self.history = threshold, kl_threshold, history
         self.warmup, self.strategy, self.fallback = warmup, strategy, fallback
         self.notes: dict[str, Tensor] = {}
-        self.width, self.last = 0, torch.empty(0)
+        self.ahead = 1 if warmup else history  # blocks that are looked at before they open
+        self.width, self.last = min((1 + self.ahead) * block_length, longest), torch.empty(0)
 
     @property
     def measures(self) -> Mapping[str, Measure]:
@@ -57,13 +67,10 @@ class Klass(Selector):
         A block takes at least one forward, so these are the masks of the next `history` blocks; of the next one alone
         with `warmup`, which never counts a movement from before it.
         """
-        ahead = 1 if self.warmup else self.history
-        last = state.block_end + ahead * (state.block_end - state.block_start)
+        last = state.block_end + self.ahead * (state.block_end - state.block_start)
         if LOOKED not in state.notes:
             state.notes[LOOKED] = torch.full_like(state.tokens, -2)
             state.notes[CALM] = torch.zeros_like(state.tokens)
-            # The first block is the longest, and the canvas is never longer beyond the start of a block than now.
-            self.width = int((last.minimum(state.end) - state.block_start).max())
         self.notes, self.last = state.notes, last
         near = plan.real & (plan.positions < last[:, None]) & state.masked.gather(1, plan.positions)
         return replace(plan, wanted=plan.wanted | near)

@@ -82,12 +82,13 @@ class CertaintyPrior(Scorer):
 
     Args:
         inner: as for `PositionPrior`. sigma: the width of the Gaussian in tokens.
+        open_end: the canvas grows: what follows it is unknown.
     """
 
     logarithmic = True
 
-    def __init__(self, inner: Scorer, sigma: float) -> None:
-        self.inner, self.sigma = inner, sigma
+    def __init__(self, inner: Scorer, sigma: float, open_end: bool = False) -> None:
+        self.inner, self.sigma, self.open_end = inner, sigma, open_end
 
     @property
     def measures(self) -> Mapping[str, Measure]:
@@ -95,7 +96,7 @@ class CertaintyPrior(Scorer):
 
     def __call__(self, view: StepView) -> Tensor:
         state = view.state
-        log_density = certainty_log_density(~state.masked, state.prompt, state.end, self.sigma)  # [B, C]
+        log_density = certainty_log_density(~state.masked, state.prompt, state.end, self.sigma, self.open_end)  # [B, C]
         return log_score(self.inner, view) + log_density.gather(1, view.positions)
 
 
@@ -105,31 +106,32 @@ def log_score(scorer: Scorer, view: StepView) -> Tensor:
     return score if scorer.logarithmic else score.log()
 
 
-def certainty_log_density(known: Tensor, start: Tensor, end: Tensor, sigma: float) -> Tensor:
+def certainty_log_density(known: Tensor, start: Tensor, end: Tensor, sigma: float, open_end: bool = False) -> Tensor:
     """ln D of each canvas position, float64 [B, C]: the share of a Gaussian around it that falls on known tokens.
 
-    What lies before the response is known; as many cells behind it as it is long are known if its last one is; beyond
-    that nothing is (arXiv 2509.23094). Z = Σ exp(−d² / 2σ²) over d = −3G … 3G−1 normalises, G the response length.
-    Direct sums rather than an FFT, whose rounding would decide the order far from any known token.
+    What lies before the response is known; as many cells behind it as it is long are known if its last one is, and not with
+    `open_end`; beyond that nothing is (arXiv 2509.23094). Z = Σ exp(−d² / 2σ²) over d = −3G … 3G−1 normalises, G the
+    response length. Direct sums rather than an FFT, whose rounding would decide the order far from any known token.
 
     Args:
         known: bool [B, C], decided positions. start, end: int64 [B], the response. sigma: width in tokens.
     """
     density = torch.zeros(known.shape, dtype=torch.float64)
     for row, (a, b) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
-        density[row, a:b] = _log_density(known[row, a:b], sigma)
+        density[row, a:b] = _log_density(known[row, a:b], sigma, open_end)
     return density
 
 
-def _log_density(known: Tensor, sigma: float) -> Tensor:
+def _log_density(known: Tensor, sigma: float, open_end: bool) -> Tensor:
     """`certainty_log_density` of one response, bool [G] → float64 [G]."""
     length = len(known)
     inside, before, behind, total = _gaussian(length, sigma)
-    density = inside @ known.double() + before + behind * known[-1]
+    last = known[-1:] & (not open_end)
+    density = inside @ known.double() + before + behind * last
     log_density = density.log()
     faint = (density < FAINT).nonzero()[:, 0]
     if len(faint):
-        cells = torch.cat((torch.ones_like(known), known, known[-1:].expand(length)))
+        cells = torch.cat((torch.ones_like(known), known, last.expand(length)))
         log_density[faint] = _log_sum_around(cells, length + faint, sigma)
     return log_density - math.log(total)
 

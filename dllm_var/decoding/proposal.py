@@ -30,6 +30,7 @@ class Candidates:
         logsumexp: float32 [m] of these: logits − logsumexp are log-probabilities.
         ids: int64 [m], the proposed tokens. confidence: float32 [m], their probabilities.
         rows, positions: int64 [m], batch row and canvas position of each.
+        mask: the mask id, which has a share of the probability but is never proposed.
     """
 
     logits: Tensor
@@ -38,20 +39,28 @@ class Candidates:
     confidence: Tensor
     rows: Tensor
     positions: Tensor
+    mask: int
+
+    @property
+    def proposable(self) -> Tensor:
+        """`logits` with −inf for the mask."""
+        logits = self.logits.clone()
+        logits[:, self.mask] = float("-inf")
+        return logits
 
 
 Measure = Callable[[Candidates], Tensor]  # -> [m]
 
 
 def entropy(seen: Candidates) -> Tensor:
-    """−Σ p ln p in nats [m], from log-probabilities; 0 for tokens that are out of the question."""
-    log_p = seen.logits - seen.logsumexp[:, None]
+    """−Σ p ln p in nats [m] over the tokens that can be proposed: to be sure of the mask is not to be sure."""
+    log_p = seen.proposable.log_softmax(-1)
     return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
 
 
 def margin(seen: Candidates) -> Tensor:
-    """Largest minus second largest probability [m]."""
-    first, second = seen.logits.topk(2).values.unbind(-1)
+    """Largest minus second largest probability [m], of the tokens that can be proposed."""
+    first, second = seen.proposable.topk(2).values.unbind(-1)
     return (first - seen.logsumexp).exp() - (second - seen.logsumexp).exp()
 
 
@@ -92,7 +101,7 @@ class Proposer:
             measures=measures,
             top_p=config.top_p,
             top_k=config.top_k,
-            tempered=config.score_distribution == "tempered" and config.temperature > 0,
+            tempered=config.score_distribution == "tempered",
         )
 
     def __call__(self, hidden: Tensor, weight: Tensor, keys: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
@@ -135,7 +144,7 @@ class Proposer:
             logits = allowed - allowed.max(-1, keepdim=True).values
         total = logits.exp().sum(-1)  # [m]
         confidence = logits.gather(1, ids[:, None])[:, 0].exp() / total
-        seen = Candidates(logits, total.log(), ids, confidence, rows, positions)
+        seen = Candidates(logits, total.log(), ids, confidence, rows, positions, self.mask)
         numbers = [confidence, *(measure(seen) for measure in self.measures.values())]
         return torch.stack([ids.int(), *(number.float().view(torch.int32) for number in numbers)])
 

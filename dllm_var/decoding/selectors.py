@@ -44,24 +44,33 @@ class Selector(ABC):
 class Schedule(Selector):
     """The best n tokens of each row, n so that a block is filled in its given number of forwards (arXiv 2502.09992).
 
-    The remainder goes first: ⌈masks left / forwards left⌉ is q + 1 for the first r forwards and q afterwards.
+    The remainder goes first: ⌈masks left / forwards left⌉ is q + 1 for the first r forwards and q afterwards, and where a
+    forward could decide less (few positions were computed) the next ones catch up.
 
     Published for LLaDA-8B-Instruct: GSM8K 69.4 with one block of 512 tokens, 78.6 with 256 tokens in blocks of 8. Here any
     block length will do, forwards without a quota are not made, and the switches for EOS act at any temperature.
 
     Args:
         steps: forwards over all blocks. blocks: their number; earlier blocks get the remainder.
+        catches_up: as above; without it the quota of a forward is that of the full block, whatever another rule decided
+            before it.
     """
 
-    def __init__(self, steps: int, blocks: int) -> None:
+    def __init__(self, steps: int, blocks: int, catches_up: bool = True) -> None:
         each, rest = divmod(steps, blocks)
         self.forwards = torch.tensor([each + (i < rest) for i in range(blocks)])
+        self.catches_up = catches_up
 
     def select(self, view: StepView, score: Tensor) -> Action:
         state = view.state
-        masks = state.window().sum(1)
-        left = (self.forwards[state.block_index] - state.block_forwards).clamp(min=1)
-        return Action(commit=best(score, view.eligible, (masks + left - 1) // left))
+        forwards = self.forwards[state.block_index]
+        if self.catches_up:
+            left = (forwards - state.block_forwards).clamp(min=1)
+            quota = (state.window().sum(1) + left - 1) // left
+        else:
+            length = state.block_end - state.block_start
+            quota = (length // forwards + (state.block_forwards < length % forwards)).clamp(min=1)
+        return Action(commit=best(score, view.eligible, quota))
 
 
 class Quota(Selector):

@@ -42,6 +42,7 @@ class DecodeState:
         stored: int64 [B], leading positions whose keys and values are in the store.
         closed: int64 [B], the position from which on nothing is decided any more (C: none).
         stop: int64 [B], LIVE or a key of `STOP_REASONS`.
+        last: int64 [B], LIVE, or why the present forward is the row's last one whatever it shows.
         notes: further [B, ...] tensors of policies, by name: they follow the rows. Those of shape [B, C] also follow
             insertions.
     """
@@ -65,6 +66,7 @@ class DecodeState:
     stored: Tensor
     closed: Tensor
     stop: Tensor
+    last: Tensor
     notes: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -109,6 +111,7 @@ class DecodeState:
             stored=zeros,
             closed=zeros + capacity,
             stop=zeros,
+            last=zeros,
         )
 
     @property

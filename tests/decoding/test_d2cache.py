@@ -20,10 +20,10 @@ from dllm_var.decoding.step import StepView
 PROMPTS = [[258, 259, *text.encode(), 257, 260] for text in ("add 2 3", "say hello to the world", "x")]
 
 
-def _density(known: list[bool], sigma: float) -> list[float]:
+def _density(known: list[bool], sigma: float, open_end: bool = False) -> list[float]:
     """ln D by the sum of the definition, term by term."""
     length = len(known)
-    cells = [True] * length + known + [known[-1]] * length  # response indices −G … 2G−1
+    cells = [True] * length + known + [known[-1] and not open_end] * length  # response indices −G … 2G−1
     total = math.fsum(math.exp(-(d**2) / (2 * sigma**2)) for d in range(-3 * length, 3 * length))
     logs = []
     for g in range(length):
@@ -33,17 +33,20 @@ def _density(known: list[bool], sigma: float) -> list[float]:
     return logs
 
 
-def _log_density(known: list[bool], sigma: float) -> list[float]:
+def _log_density(known: list[bool], sigma: float, open_end: bool = False) -> list[float]:
     tensor = torch.tensor([known])
-    return certainty_log_density(tensor, torch.tensor([0]), torch.tensor([len(known)]), sigma)[0].tolist()
+    return certainty_log_density(tensor, torch.tensor([0]), torch.tensor([len(known)]), sigma, open_end)[0].tolist()
 
 
 @pytest.mark.parametrize(("length", "sigma"), [(1, 3.0), (2, 0.1), (9, 1.0), (40, 10.0), (40, 1e4), (330, 6.0), (90, 0.5)])
-def test_the_density_is_the_sum_of_its_definition_also_where_that_underflows(length: int, sigma: float) -> None:
+@pytest.mark.parametrize("open_end", [False, True])
+def test_the_density_is_the_sum_of_its_definition_also_where_that_underflows(
+    length: int, sigma: float, open_end: bool
+) -> None:
     draw = random.Random(length)
     for share in (0.0, 0.02, 0.5, 1.0):
         known = [draw.random() < share for _ in range(length)]
-        got, expected = _log_density(known, sigma), _density(known, sigma)
+        got, expected = _log_density(known, sigma, open_end), _density(known, sigma, open_end)
         for one, other in zip(got, expected, strict=True):
             assert one == pytest.approx(other, rel=1e-13, abs=1e-12)  # of a logarithm: 1e-12 relative of D above 1e-250
 

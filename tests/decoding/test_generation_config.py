@@ -111,6 +111,10 @@ def test_a_bad_value_is_refused_with_name_value_and_what_is_right(name: str, val
         ({"kl_threshold": 0.1, "gamma": 0.2}, "kl_threshold=0.1 and gamma=0.2 exclude each other"),
         ({"method": "vanilla", "steps": 8, "num_transfer_tokens": 2}, "steps=8 and num_transfer_tokens=2 exclude"),
         ({"enable_editing": True, "wide_in_thres": 0.6}, "enable_editing=True and wide_in_thres exclude each other"),
+        (
+            {"temperature": 1.0, "top_p": 0.5, "score_distribution": "tempered"},
+            "top_p=0.5 and score_distribution='tempered' leave threshold=0.9 without meaning.*'raw'",
+        ),
         ({"sigma": 10, "lambd": 0.2}, "sigma=10 and lambd=0.2 exclude each other.*lambd=0"),
         ({"method": "pc_sampler", "sigma": 10}, "sigma=10 and lambd=0.25 exclude each other"),
         ({"debias": True, "remasking": "entropy"}, "debias=True weighs confidence.*not 'entropy'"),
@@ -132,7 +136,7 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(options: dict[str
 OTHER = {
     "kl_history_length": 3, "kl_warmup": False, "unmask_strategy": "min_kl", "narrow_out_thres": 0.8,
     "remask_budget": "current", "edit_threshold": 0.5, "clip_alpha": 3.0, "special_token_freq": "trivial",
-    "frequency_file": "counts.json",
+    "frequency_file": "counts.json", "top_p": 0.5, "top_k": 3, "score_distribution": "tempered",
 }  # fmt: skip
 
 
@@ -140,7 +144,7 @@ OTHER = {
 def test_an_option_that_only_shapes_another_one_is_refused_without_it(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=.*has no effect without {NEEDS[name]}"):
         GenerationConfig(**{name: OTHER[name]})
-    default = METHODS["dllm_var"].options[name]
+    default = {**SAMPLING, **METHODS["dllm_var"].options}[name]
     assert getattr(GenerationConfig(**{name: default}), name) == default  # changes nothing, so it may be said
 
 

@@ -144,6 +144,14 @@ def test_without_a_ready_token_the_schedule_decides(never: dict[str, float], rul
     assert ready.forwards == 3 + 2 + 2  # the first ones of a block by schedule, the others at once
 
 
+def test_the_schedule_is_that_of_the_full_block_however_many_were_decided_before(rule_model: Any, special: Any) -> None:
+    sure = torch.zeros(20, 20, V)
+    sure[:, 4:10, 3] = 50.0  # six tokens are ready in the second forward, the others never
+    config = _config(gen_length=16, steps=4, kl_history_length=1)
+    steps = _run(_scripted(rule_model, [sure]), special, config).steps
+    assert [steps.count(t) for t in range(5)] == [4, 2, 4, 4, 2]
+
+
 @pytest.mark.parametrize(("history", "warm"), [(1, 4), (2, 7), (3, 10)])
 def test_what_stands_still_is_ready_as_soon_as_it_was_seen_often_enough(
     history: int, warm: int, rule_model: Any, says: Any, special: Any
@@ -170,7 +178,7 @@ def test_any_movement_is_allowed_then_it_is_the_strict_threshold_from_the_second
 def _candidates(logits: Tensor, positions: list[int]) -> Candidates:
     logits = logits - logits.max(-1, keepdim=True).values
     rows = torch.zeros(len(positions), dtype=torch.int64)
-    return Candidates(logits, logits.logsumexp(-1), logits.argmax(-1), rows.float(), rows, torch.tensor(positions))
+    return Candidates(logits, logits.logsumexp(-1), logits.argmax(-1), rows.float(), rows, torch.tensor(positions), MASK)
 
 
 @torch.inference_mode()
@@ -222,6 +230,15 @@ def test_a_row_of_a_batch_equals_that_prompt_decoded_alone(config: GenerationCon
     assert [(a.raw, a.steps) for a in together] == [(a.raw, a.steps) for a in alone]
     assert len({a.forwards for a in together}) > 1  # rows leave at different times
     assert any(a.forwards < len(a.raw) for a in together)
+
+
+def test_rows_with_less_room_than_a_block_join_the_others(recorded64: Pretrained) -> None:
+    config = GenerationConfig(block_length=32, max_gen_length=64, kl_threshold=0.05, threshold=0.4)
+    prompts = [PROMPTS[0], [97] * 505, PROMPTS[1]]  # the second one ends with the context, 7 tokens later
+    together = generate(recorded64, prompts, config)
+    alone = [generate(recorded64, [prompt], config, requests=[i])[0] for i, prompt in enumerate(prompts)]
+    assert [(a.raw, a.steps) for a in together] == [(a.raw, a.steps) for a in alone]
+    assert len(together[1].raw) == 7
 
 
 def test_one_token_and_a_model_that_loves_the_mask(rule_model: Any, says: Any, special: Any) -> None:

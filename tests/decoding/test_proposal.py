@@ -4,11 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_var import GenerationConfig
 from dllm_var.decoding import proposal
 from dllm_var.decoding.noise import keys
 from dllm_var.decoding.proposal import Candidates, Proposer, entropy, margin
-from dllm_var.text.special_tokens import SpecialTokens
 
 V = 16
 
@@ -39,6 +37,17 @@ def test_the_mask_is_never_proposed_but_keeps_its_share_of_probability() -> None
     assert torch.equal(ids.long(), expected.indices)
     assert torch.allclose(confidence, expected.values, atol=1e-6)
     assert float(confidence[:25].max()) < 0.5
+
+
+def test_entropy_and_margin_do_not_take_a_wish_for_the_mask_for_certainty() -> None:
+    logits, measures = _logits(50), {"entropy": entropy, "margin": margin}
+    asked = logits.clone()
+    asked[:, 15] = asked.max(-1).values + 5
+    plain, wished = _propose(logits, measures=measures)[2], _propose(asked, measures=measures)[2]
+    assert torch.allclose(plain[0], wished[0], atol=1e-5)
+    best, second = _allowed(asked).topk(2).values.unbind(-1)
+    assert torch.allclose(wished[1], best - second, atol=1e-6)
+    assert float(wished[1].max()) < 0.01
 
 
 def test_a_forbidden_token_is_never_proposed_and_has_no_probability() -> None:
@@ -173,9 +182,6 @@ def test_at_temperature_zero_truncation_changes_nothing() -> None:
     logits = _logits(60)
     for one, other in zip(_propose(logits), _propose(logits, top_p=0.3, top_k=2), strict=True):
         assert torch.equal(one, other)
-    special = SpecialTokens(mask=15, eos=14, pad=14)
-    config = GenerationConfig(top_p=0.3, top_k=2, score_distribution="tempered")
-    assert not Proposer.build(config, special, {}).tempered
 
 
 def test_a_row_is_drawn_as_if_it_were_alone() -> None:

@@ -69,10 +69,10 @@ def test_an_eligible_column_of_score_minus_infinity_comes_before_an_ineligible_o
 
 
 @settings(max_examples=60, deadline=None)
-@given(masks=st.integers(1, 40), steps=st.integers(1, 40))
-def test_a_schedule_fills_a_block_in_its_forwards_with_the_remainder_first(masks: int, steps: int) -> None:
+@given(masks=st.integers(1, 40), steps=st.integers(1, 40), catches_up=st.booleans())
+def test_a_schedule_fills_a_block_in_its_forwards_with_the_remainder_first(masks: int, steps: int, catches_up: bool) -> None:
     view = _view([[0.5] * masks])
-    state, rule, quotas = view.state, Schedule(steps, 1), []
+    state, rule, quotas = view.state, Schedule(steps, 1, catches_up), []
     while bool(state.window().any()):
         view = replace(view, eligible=state.window()[:, 1:])
         action = rule.select(view, view.confidence)
@@ -91,6 +91,7 @@ def test_a_row_that_fell_behind_its_schedule_still_commits_one_token_per_forward
     view = _view([[0.1, 0.2, 0.3]])
     view.state.block_forwards = torch.tensor([99])
     assert _commits(Schedule(1, 1), view) == [[0, 1, 2]]
+    assert _commits(Schedule(2, 1, catches_up=False), view) == [[2]]
 
 
 confidences = st.lists(st.floats(0.0, 1.0, width=32), min_size=1, max_size=9)
