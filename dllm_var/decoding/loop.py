@@ -8,6 +8,7 @@ touch neither the model nor each other.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from dllm_var.decoding.results import Event, Generation, events, generation
 from dllm_var.decoding.state import LIVE, DecodeState
 from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.text.special_tokens import SpecialTokens
+
+ADAPTABLE = ("block_length", "threshold", "factor", "gamma")
 
 
 class DecodeLoop:
@@ -92,6 +95,25 @@ class DecodeLoop:
             scratch += self.policies.selector.scratch(config.block_length)
         return Executor(model, state, proposer, config.seed, scratch, max(self.room, state.rows))
 
+    def adapt(self, config: GenerationConfig) -> None:
+        """Decode by these options from the next forward on.
+
+        Raises:
+            ValueError: another option than those of `ADAPTABLE` differs, or blocks that cannot change.
+        """
+        mine = self.config
+        for option in (field.name for field in fields(config) if getattr(config, field.name) != getattr(mine, field.name)):
+            value = getattr(config, option)
+            if option not in ADAPTABLE:
+                raise ValueError(f"{option}={value!r} cannot change while answers are decoded, only {', '.join(ADAPTABLE)}.")
+            if option == "block_length" and (mine.canvas != "growing" or mine.rule == "klass" or value > mine.block_length):
+                raise ValueError(
+                    f"block_length={value} cannot take the place of {mine.block_length}: blocks of a growing canvas may "
+                    "become shorter, and without kl_threshold only."
+                )
+        self.policies = compose(config, self.special, self.model.config)
+        self.executor.proposer = Proposer.build(config, self.special, self.policies.measures)
+
     @property
     def executor(self) -> Executor:
         """What calls the model."""
@@ -124,6 +146,7 @@ class DecodeLoop:
         if chosen is None and self.state.notes and not bool(self.state.forwards.all()):
             chosen = torch.arange(self.state.rows)  # none of them has notes yet, whatever those before them had
         state = self.state if chosen is None else self.state.some(chosen)
+        state.last = torch.tensor([(ending or {}).get(request, LIVE) for request in state.request.tolist()])
         use = self.policies
         use.length.before(state)
         plan = use.length.extend(use.selector.extend(use.kv.plan(state), state), state)
@@ -132,17 +155,18 @@ class DecodeLoop:
         assert bool((action.commit.any(1) | ~view.eligible.any(1)).all()), "every row with an eligible mask makes progress"
         assert not bool((action.commit & ~view.eligible).any()), "only eligible columns are committed"
         action = use.length.adjust(action, view)
-        last = torch.tensor([(ending or {}).get(request, LIVE) for request in state.request.tolist()], dtype=torch.int64)
-        if bool(last.any()):
-            action = action.filling(view, last != LIVE)
+        forced = torch.zeros_like(state.last, dtype=torch.bool)
+        if bool(state.last.any()):
+            chose, action = action, action.filling(view, state.last != LIVE)
+            forced = (action.commit & ~chose.commit).any(1)
         action.apply(view)
         state.count_forward(self.executor.computed)
         use.selector.observe(view, action)
         use.kv.observe(view, action)
         use.length.after(state)
-        for reason in set(last.tolist()) - {LIVE}:
-            state.finish((last == reason) & (state.stop == LIVE), reason)
-        made = events(state, view, action, self.special)
+        for reason in set(state.last.tolist()) - {LIVE}:
+            state.finish((state.last == reason) & (forced | (state.stop == LIVE)), reason)
+        made = events(state, view, action, self.special, use.length.revocable)
         if chosen is not None:
             self.state.put(chosen, state)
         self._retire()
@@ -188,8 +212,8 @@ def decode(
 
 def check_requests(requests: Sequence[int], prompts: int) -> None:
     """Raises ValueError unless there is a number of its own for each of the prompts."""
-    if len(requests) != prompts or len(set(requests)) != prompts:
-        raise ValueError(f"requests={list(requests)} must be {prompts} different numbers, one for each prompt.")
+    if len(requests) != prompts or len(set(requests)) != prompts or not all(-(2**63) <= r < 2**63 for r in requests):
+        raise ValueError(f"requests={list(requests)} must be {prompts} different numbers of 64 bits, one for each prompt.")
 
 
 def check_prompts(

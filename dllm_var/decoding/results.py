@@ -55,8 +55,8 @@ class Generation:
 
     @property
     def tokens_per_forward(self) -> float:
-        """`decided` over `forwards`."""
-        return self.decided / self.forwards
+        """`decided` over `forwards`; 0 for an answer that never had one."""
+        return self.decided / max(1, self.forwards)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Event:
             back, and of the masks added.
         response: the ids of the response as it stands; the mask id where nothing is decided.
         length: how many of them stand before the first stop token: what would be the answer, masks included.
-        settled: how many of these are decided without a gap from the start: the answer so far.
+        settled: how many of these are decided for good, without a gap from the start: the answer so far.
         replaced: the tokens that took the place of others.
         result: the answer, in the row's last event.
         text: the settled part as text, where a tokenizer is known.
@@ -90,10 +90,18 @@ class Event:
     provisional: str | None = None
 
 
-def events(state: DecodeState, view: StepView, action: Action, special: SpecialTokens) -> list[Event]:
-    """What the forward behind `view` did, one event per row; `state` is that after the action."""
+def events(
+    state: DecodeState, view: StepView, action: Action, special: SpecialTokens, revocable: bool = False
+) -> list[Event]:
+    """What the forward behind `view` did, one event per row; `state` is that after the action.
+
+    `revocable`: decided tokens may be taken back or replaced while their block has masks.
+    """
     length = state.stopped(special.stop).minimum(state.end) - state.prompt
-    settled = length.minimum(state.settled() - state.prompt)
+    final = state.settled()
+    if revocable:
+        final = torch.where(state.window().any(1) & (state.stop == LIVE), state.block_start, final)
+    settled = length.minimum(final - state.prompt)
     none = torch.zeros_like(action.commit)
     chosen = action.commit.tolist()
     taken, replaced = ((none if flags is None else flags).tolist() for flags in (action.remask, action.replace))

@@ -16,7 +16,7 @@ import torch
 
 from dllm_var.decoding.compose import compose
 from dllm_var.decoding.config import GenerationConfig
-from dllm_var.decoding.loop import DecodeLoop, check_prompts
+from dllm_var.decoding.loop import DecodeLoop, check_prompts, check_requests
 from dllm_var.decoding.results import Event, Generation
 from dllm_var.decoding.state import CANCELLED, DEADLINE, FORWARDS, STOP_REASONS, STOP_STRING
 from dllm_var.engine import scheduler
@@ -74,8 +74,8 @@ class Engine:
         memory: bytes for keys and values; default what `max_rows` rows of one way of decoding take at a time.
         queue_size: how many requests may wait.
         prefill_columns: the most columns of prompts in one forward (one prompt always fits).
-        load: live rows → options (``block_length``, ``threshold``, …) that replace those of the requests for the next
-            forward. Then an answer depends on what else is running; without it, it never does.
+        load: live rows → options (``threshold``, ``factor``, ``gamma``, a shorter ``block_length``) that replace those of
+            the requests for the next forward. Then an answer depends on what else is running; without it, it never does.
         clock: seconds, for deadlines.
 
     Raises:
@@ -109,6 +109,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.lanes: dict[GenerationConfig, Lane] = {}
         self._numbers: set[int] = set()
+        self._served: set[GenerationConfig] = set()  # ways of decoding that the model can go
         self._next = 0
         self.forwards = self.columns = self.padding = 0
 
@@ -155,6 +156,7 @@ class Engine:
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be above 0, or left out.")
         ids, number = self.model.prompt_ids(prompt), self._next if request is None else request
+        check_requests([number], 1)
         check_prompts([ids], [number], self.model.model, config)
         needed, row = self._row_bytes(config), len(ids) + config.response_limit
         if self.memory is not None and needed > self.memory:
@@ -168,6 +170,9 @@ class Engine:
             raise queue.Full(f"{self.queue_size} requests are waiting already: try again later.")
         if number in self._numbers:
             raise ValueError(f"request={number} is in the engine already: give another number.")
+        if (way := _way(config, self.max_length)) not in self._served:
+            compose(way, self.model.special, self.model.model.config)  # what no lane could do is refused here
+            self._served.add(way)
         self._numbers.add(number)
         self._next = max(self._next, number + 1)
         deadline = None if seconds is None else self.clock() + seconds
@@ -195,20 +200,20 @@ class Engine:
         """Admit what fits, then one forward of one group of rows: an event for each of them, and for what ended unseen."""
         made = self._expire()
         self._admit()
-        lane = max(self.lanes.values(), key=lambda lane: sum(1 + r.waited for r in lane.requests.values()), default=None)
+        lane = max(self.lanes.values(), key=self._urgency, default=None)
         if lane is None or not lane.requests:
             return made
         loop, rows = lane.loop, [lane.requests[number] for number in lane.loop.state.request.tolist()]
         if self.load is not None:
             options = replace(loop.config, **self.load(self.live))
-            loop.policies = compose(options, self.model.special, self.model.model.config)
+            loop.adapt(options)
         chosen = self._choose(lane, rows)
         for request in (r for other in self.lanes.values() for r in other.requests.values()):
             request.waited += 1
         for i in chosen:
             rows[i].waited = 0
         spent = loop.state.forwards.tolist()
-        ending = {rows[i].number: reason for i in chosen if (reason := self._last(rows[i], spent[i], lane))}
+        ending = {rows[i].number: reason for i in chosen if (reason := self._last(rows[i], spent[i]))}
         before, started = (loop.executor.columns, loop.executor.padding), self.clock()
         events = loop.step(None if len(chosen) == len(rows) else torch.tensor(chosen), ending)
         lane.seconds = self.clock() - started
@@ -237,17 +242,26 @@ class Engine:
         lane.prefilled = bool(fresh) and not (lane.prefilled and others)
         if lane.prefilled:
             return sorted(fresh[i] for i in scheduler.prompts([columns[i] for i in fresh], self.prefill_columns))
-        due = [self._due(rows[i], 2 * lane.seconds) for i in others]
+        due = [self._due(rows[i], self._margin()) for i in others]
         return [others[i] for i in scheduler.running([columns[i] for i in others], [rows[i].waited for i in others], due)]
+
+    def _urgency(self, lane: Lane) -> tuple[bool, int]:
+        """The lane to serve next has the most of it: a request whose time is running out, then turns waited in all."""
+        requests = lane.requests.values()
+        return any(self._due(r, self._margin()) for r in requests), sum(1 + r.waited for r in requests)
+
+    def _margin(self) -> float:
+        """Seconds before a deadline at which an answer is ended: another forward, of any lane, may come in between."""
+        return 2 * max(lane.seconds for lane in self.lanes.values())
 
     def _due(self, request: Request, margin: float) -> bool:
         return request.deadline is not None and self.clock() + margin >= request.deadline
 
-    def _last(self, request: Request, spent: int, lane: Lane) -> int:
+    def _last(self, request: Request, spent: int) -> int:
         """Why the request's next forward is its last one; 0 where it is not."""
         if request.forwards is not None and spent + 1 >= request.forwards:
             return FORWARDS
-        return DEADLINE if self._due(request, 2 * lane.seconds) else 0
+        return DEADLINE if self._due(request, self._margin()) else 0
 
     def _expire(self) -> list[Event]:
         """End what waits in the queue beyond its deadline."""
@@ -270,7 +284,11 @@ class Engine:
                 and _way(self.waiting[0].config, self.max_length) == _way(request.config, self.max_length)
             ):
                 batch.append(self.waiting.popleft())
-            lane.loop.admit([r.ids for r in batch], [r.number for r in batch], [r.config.response_limit for r in batch])
+            try:
+                lane.loop.admit([r.ids for r in batch], [r.number for r in batch], [r.config.response_limit for r in batch])
+            except Exception:  # of memory, for one: nobody is lost
+                self.waiting.extendleft(reversed(batch))
+                raise
             lane.requests |= {r.number: r for r in batch}
 
     def _lane(self, config: GenerationConfig) -> Lane | None:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_var import Generation, GenerationConfig, Pretrained, generate, load_pretrained
-from dllm_var.decoding.loop import decode
+from dllm_var import Generation, GenerationConfig, Pretrained, generate, load_pretrained, stream
+from dllm_var.decoding.loop import DecodeLoop, decode
+from dllm_var.decoding.state import DecodeState
 from dllm_var.engine import Engine
+from dllm_var.text.chat import decode_text
 from dllm_var.text.special_tokens import SpecialTokens
 from tests.conftest import byte_tokenizer
 
@@ -196,6 +198,86 @@ def test_a_deadline_ends_an_answer_in_time_and_what_waits_too_long_is_told(talke
     assert (answers[second].stop_reason, answers[second].forwards, answers[second].tokens) == ("deadline", 0, [])
 
 
+def test_a_request_whose_time_runs_out_goes_before_the_crowd_of_another_way(
+    talker: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, step = [0.0], DecodeLoop.step
+
+    def slow_step(*given: Any) -> Any:
+        now[0] += 1  # a second for every forward
+        return step(*given)
+
+    monkeypatch.setattr(DecodeLoop, "step", slow_step)
+    crowd = GenerationConfig(block_length=8, max_gen_length=48, threshold=2, early_stop=False)
+    urgent = GenerationConfig(method="vanilla", gen_length=8, block_length=8)
+    engine = Engine(talker, max_rows=12, max_length=64, memory=10**8, clock=lambda: now[0])
+    for _ in range(12):
+        engine.submit([97], crowd)
+    for _ in range(3):
+        engine.step()
+    late = now[0] + 4
+    number = engine.submit([98], urgent, seconds=4)
+    while True:
+        found = [event.result for event in engine.step() if event.request == number and event.result]
+        if found:
+            break
+    assert found[0].stop_reason == "deadline"
+    assert talker.special.mask not in found[0].raw
+    assert now[0] <= late
+
+
+@pytest.mark.parametrize("cache", [{"cache": "none"}, {"cache": "prefix"}, {"cache": "d2cache", "current_k": 4}])
+def test_the_last_forward_of_a_budget_decides_the_whole_block_whatever_the_cache(talker: Pretrained, cache: Any) -> None:
+    slow = GenerationConfig(method="vanilla", gen_length=16, block_length=16, threshold=1.5, **cache)
+    engine = Engine(talker, max_length=64)
+    number = engine.submit([97, 98], slow, forwards=3)
+    answer = engine.run()[number]
+    assert (answer.stop_reason, answer.forwards) == ("forwards", 3)
+    assert answer.steps.count(2) == 14
+
+
+def test_a_budget_that_is_just_enough_forces_nothing_and_is_not_the_reason(talker: Pretrained) -> None:
+    slow = GenerationConfig(method="vanilla", gen_length=4, block_length=4)
+    engine = Engine(talker, max_length=64)
+    number = engine.submit([97, 98], slow, forwards=4)
+    assert engine.run()[number].stop_reason == "length"
+
+
+REVOCABLE = [
+    {"method": "wino", "gen_length": 24, "block_length": 8, "wide_in_thres": 0.3},
+    {"block_length": 8, "max_gen_length": 24, "wide_in_thres": 0.3},
+    {"block_length": 8, "max_gen_length": 24, "enable_editing": True, "threshold": 0.5, "edit_threshold": 0.3},
+]
+
+
+@pytest.mark.parametrize("way", REVOCABLE, ids=["wino", "blocks of wino", "editing"])
+def test_what_is_settled_is_never_taken_back(talker: Pretrained, way: dict[str, Any]) -> None:
+    config, taken = GenerationConfig(**way), 0
+    for text in (b"rev abcde", b"seq 1 9", b"dup ab", b"add 12 34", b"rep xy 3 times"):
+        before: list[int] = []
+        for event in stream(talker, [list(text)], config):
+            taken += len(event.remasked) + len(event.replaced)
+            assert event.response[: len(before)] == before
+            before = event.response[: event.settled]
+        assert event.result is not None
+        assert before == event.result.tokens
+    assert taken > 0
+
+
+def test_a_stop_string_in_a_draft_ends_nothing(talker: Pretrained) -> None:
+    config = GenerationConfig(block_length=16, max_gen_length=32, wide_in_thres=0.3)
+    for text in (b"rev abcde", b"seq 1 9", b"dup ab", b"add 12 34", b"rep xy 3 times"):
+        events = list(stream(talker, [list(text)], config))
+        whole = events[-1].result
+        assert whole is not None
+        assert whole.text is not None
+        drafts = {decode_text(talker.tokenizer, event.response[: event.length])[:3] for event in events}
+        never = sorted(draft for draft in drafts if len(draft) == 3 and draft not in whole.text)
+        engine = Engine(talker, max_length=128)
+        number = engine.submit(list(text), config, stop=never)
+        assert engine.run()[number].tokens == whole.tokens
+
+
 def test_a_stop_string_ends_an_answer_before_it(talker: Pretrained) -> None:
     config = GenerationConfig(block_length=8, max_gen_length=24, threshold=2)
     whole = generate(talker, [list(b"seq 1 9")], config)[0]
@@ -223,12 +305,60 @@ def test_cancelling_gives_what_there_is_and_frees_the_row(talker: Pretrained) ->
         engine.cancel(first)
 
 
+def test_a_request_that_never_had_a_forward_has_no_tokens_per_forward(talker: Pretrained) -> None:
+    engine = Engine(talker)
+    assert engine.cancel(engine.submit([97])).tokens_per_forward == 0.0
+
+
+def test_requests_that_do_not_fit_into_memory_are_still_there(recorded: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(recorded, max_length=64)
+    numbers = [engine.submit([97], CONFIG), engine.submit([98], CONFIG)]
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeState, "begin", lambda *given, **named: torch.empty(2**62))  # as without memory
+        with pytest.raises(RuntimeError):
+            engine.step()
+    assert [request.number for request in engine.waiting] == numbers
+    assert sorted(engine.run()) == numbers
+
+
 def test_the_queue_is_bounded(recorded: Pretrained) -> None:
     engine = Engine(recorded, queue_size=2)
     engine.submit([97], CONFIG)
     engine.submit([97], CONFIG)
     with pytest.raises(queue.Full, match="2 requests are waiting already"):
         engine.submit([97], CONFIG)
+
+
+def test_a_load_rule_goes_with_rules_that_remember(recorded64: Pretrained) -> None:
+    for way in ({"kl_threshold": 0.05, "threshold": 0.4}, {"wide_in_thres": 0.4}):
+        config = GenerationConfig(block_length=8, max_gen_length=24, **way)
+        asked = [[97], [98, 99, 100], [101] * 9]
+        engine = Engine(recorded64, max_length=64, load=lambda live: {})
+        numbers = [engine.submit(ids, config) for ids in asked]
+        answers = engine.run()
+        for number, ids in zip(numbers, asked, strict=True):
+            assert _counts(answers[number]) == _counts(_alone(recorded64, ids, config, number))
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "told"),
+    [
+        (CONFIG, {"block_length": 16}, "block_length=16 cannot take the place of 8"),
+        (CONFIG, {"cache": "none"}, "cache='none' cannot change while answers are decoded, only block_length, threshold"),
+        (
+            GenerationConfig(block_length=8, max_gen_length=8, kl_threshold=0.1, threshold=0.5),
+            {"block_length": 4}, "without kl_threshold only",
+        ),
+        (GenerationConfig(method="vanilla", gen_length=8), {"block_length": 4}, "blocks of a growing canvas may"),
+    ],
+)  # fmt: skip
+def test_a_load_rule_that_cannot_work_says_why(
+    recorded: Pretrained, config: GenerationConfig, change: dict[str, Any], told: str
+) -> None:
+    engine = Engine(recorded, max_length=64, load=lambda live: change)
+    engine.submit([97], config)
+    with pytest.raises(ValueError, match=told):
+        engine.step()
 
 
 def test_a_load_rule_changes_the_block_under_load_only(talker: Pretrained) -> None:
@@ -263,6 +393,8 @@ def test_an_engine_that_could_not_work_is_refused(recorded: Pretrained, options:
         ({"forwards": 0}, "forwards=0 must be above 0"),
         ({"seconds": -1.0}, r"seconds=-1\.0 must be above 0"),
         ({"request": 0}, "request=0 is in the engine already"),
+        ({"request": 2**63}, r"requests=\[9223372036854775808\] must be 1 different numbers of 64 bits"),
+        ({"config": GenerationConfig(method="pc_sampler", gen_length=8)}, "debias=True needs the frequencies of tokens"),
         ({"prompt": [97] * 10**4}, "prompt 1 has 10000 tokens: an answer of one token needs 10001 positions"),
         ({"prompt": [10**6]}, "prompt 1 holds the id 1000000"),
         ({"config": GenerationConfig(max_gen_length=100)}, r"take 101 positions, above max_length=64"),
