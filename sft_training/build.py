@@ -3,11 +3,13 @@
 Called by ``sft.py`` and ``dataset/inspect_rows.py``.
 """
 
+import logging
 import os
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +22,10 @@ from sft_training.config import SftConfig, SourceSection, check_schedule, packer
 from sft_training.data import Collate, RowStream
 from sft_training.mixture import Mixture, Source
 from sft_training.samples import SampleFiles, SampleRules, Samples, find_files
+
+FIRST_LOOK = 100  # samples
+
+log = logging.getLogger(__name__)
 
 
 def shape_folder(config: SftConfig) -> Path:
@@ -115,9 +121,16 @@ def build_mixture(config: SftConfig, rules: SampleRules) -> Mixture:
 def build_stream(
     config: SftConfig, vocabulary: int, special: SpecialTokens, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> RowStream:
-    """The global stream of packed rows; sources of text need a tokenizer."""
+    """The global stream of packed rows; sources of text need a tokenizer.
+
+    Raises:
+        ValueError: a source that cannot be used, or whose answers never end.
+    """
+    mixture = build_mixture(config, sample_rules(config, vocabulary, special, tokenizer))
+    for source in mixture.sources:
+        check_ends(source, special.stop)
     return RowStream(
-        build_mixture(config, sample_rules(config, vocabulary, special, tokenizer)),
+        mixture,
         config.view_settings(),
         packer_of(config, special.pad),
         seed=config.training.seed,
@@ -127,6 +140,21 @@ def build_stream(
         rows_per_step=rows_per_step(config),
         ahead=config.dataset.prefetch_steps,
     )
+
+
+def check_ends(source: Source, stop: tuple[int, ...]) -> None:
+    """Look for stop tokens in the first answers of a source: without any, a model would never learn where answers end.
+
+    Raises:
+        ValueError: there is none, as where the ids are those of another tokenizer.
+    """
+    first = [source.samples[i] for i in range(min(FIRST_LOOK, len(source.samples)))]
+    answers = [sample.ids[sample.response] for sample in first if sample.response.any()]
+    if answers and not any(np.isin(answer, stop).any() for answer in answers):
+        raise ValueError(
+            f"{source.name}: none of the first {len(answers)} responses holds a stop token ({', '.join(map(str, stop))}). "
+            "Were they made for another model? dataset/transfer_text2token.py --tokenizer_model makes them for this one."
+        )
 
 
 def training_steps(
@@ -141,6 +169,7 @@ def training_steps(
     if config.passes() is None:
         assert wanted is not None
         return wanted
+    log.info("packing %d pass(es) once to count the steps; training.max_steps spares that", config.passes())
     size = rows_per_step(config)
     stream = build_stream(config, vocabulary, special, tokenizer)
     steps = sum(1 for _ in islice(stream, wanted and wanted * size)) // size

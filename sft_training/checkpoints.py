@@ -181,6 +181,13 @@ def checkpoint_to_resume(run: Path, resume: str) -> Path | None:
     return answer[0]
 
 
+def same_folder(run: str) -> str:
+    """The run folder of the first process, for all of them: each may have read another clock into its name."""
+    answer = [run]
+    broadcast_object_list(answer)
+    return answer[0]
+
+
 def resume_stream(stream: RowStream, checkpoint: Path) -> None:
     """Put the data where the checkpoint left it.
 

@@ -209,7 +209,8 @@ def check(config: SftConfig) -> None:
     training = config.training
     _choice("training.optimizer", training.optimizer, OPTIMIZERS)
     _choice("training.schedule", training.schedule, SCHEDULES)
-    _choice("training.device", training.device, ("auto", "cpu"))
+    _choice("training.device", training.device, ("auto", "cpu", "cuda"))
+    _at_least("loss.chunk", config.loss.chunk, 1)
     _choice("training.on_nan", training.on_nan, ("stop", "skip"))
     for name in ("local_batch_size", "grad_accum_steps", "logging_steps", "save_steps"):
         _at_least(f"training.{name}", getattr(training, name), 1)

@@ -8,7 +8,13 @@
 #   DLLM_RUN_DIR       the run folder (output_dir=… says the same); several machines need one on a disk that they share
 #   PYTHON=.venv/bin/python   which Python
 #   OMP_NUM_THREADS=1  threads of each process
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600   seconds for the checkpoint that a SIGTERM (preemption) asks for; whoever sends it must
+#                      wait as long (Slurm: sbatch --signal=TERM@SECONDS)
 # All other arguments go to sft.py: any setting of configs/sft.yaml.
+[[ ${DRY_RUN:-0} == [01] ]] || {
+  echo "$(basename "$0"): DRY_RUN=$DRY_RUN: give 1 (only show what would run) or 0." >&2
+  exit 2
+}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$here")
 
@@ -24,9 +30,9 @@ need_number() {
 
 visible_gpus() {
   if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-    awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES"
+    awk -F, '{ n = 0; while (n < NF && $(n + 1) !~ /^ *-/) n++; print n }' <<<"$CUDA_VISIBLE_DEVICES" # -1 ends the list
   elif command -v nvidia-smi >/dev/null; then
-    nvidia-smi --list-gpus | wc -l
+    nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true # of a broken driver it tells nothing here
   else
     echo 0
   fi
@@ -54,7 +60,6 @@ find_machines() {
     [[ -n ${MASTER_ADDR:-} ]] || fail "NNODES=$NNODES needs MASTER_ADDR=HOST, the address of machine 0, the same on every machine."
     MASTER_PORT=${MASTER_PORT:-29500}
     DLLM_RUN_DIR=${DLLM_RUN_DIR:-${SLURM_JOB_ID:+outputs/sft/job-$SLURM_JOB_ID}}
-    [[ -n $DLLM_RUN_DIR ]] || fail "NNODES=$NNODES needs DLLM_RUN_DIR=FOLDER, on a disk that all machines share."
   fi
   MASTER_PORT=${MASTER_PORT:-0}
   need_number MASTER_PORT 0
@@ -64,6 +69,8 @@ find_machines() {
 launch() {
   local total=$((NNODES * $1)) setting
   local settings=("training.expect_processes=$total" "${@:2}")
+  ((NNODES == 1)) || [[ -n $DLLM_RUN_DIR || " ${settings[*]}" == *" output_dir="* ]] ||
+    fail "NNODES=$NNODES needs DLLM_RUN_DIR=FOLDER (or output_dir=FOLDER), on a disk that all machines share."
   [[ -f $root/configs/accelerate/$SHARD.yaml ]] ||
     fail "SHARD=$SHARD: choose one of $(cd "$root/configs/accelerate" && echo *.yaml | sed 's/\.yaml//g')."
   local files=("$root/configs/accelerate/$SHARD.yaml")
@@ -80,6 +87,8 @@ launch() {
   fi
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   export DLLM_RUN_DIR=${DLLM_RUN_DIR:-outputs/sft/$(date +%Y-%m-%d_%H-%M-%S)} # one folder for all processes
+  # The launcher passes a SIGTERM on and kills after this many seconds what has not ended: a checkpoint may take minutes.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
   [[ ${DRY_RUN:-0} == 1 ]] || exec "${command[@]}"
 
   printf '%q ' "${command[@]}"
@@ -115,7 +124,7 @@ train_on_gpus() {
   fi
   SHARD=${SHARD:-zero2}
   launch "$GPUS_PER_NODE" model=llada_8b_base packing.max_length=8192 training.local_batch_size=2 training.grad_accum_steps=4 \
-    training.gradient_checkpointing=true "$@"
+    training.gradient_checkpointing=true training.device=cuda "$@"
 }
 
 # train_on_cpus SETTING…

@@ -38,7 +38,15 @@ from sft_training.build import (
     training_steps,
     world_size,
 )
-from sft_training.checkpoints import PARTIAL, RunStopped, checkpoint_to_resume, full_disk_told, make_ready, resume_stream
+from sft_training.checkpoints import (
+    PARTIAL,
+    RunStopped,
+    checkpoint_to_resume,
+    full_disk_told,
+    make_ready,
+    resume_stream,
+    same_folder,
+)
 from sft_training.config import SftConfig
 from sft_training.overrides import check_overrides, compose_settings, typed
 from sft_training.precision import apply_fp8, check_fp8
@@ -63,7 +71,16 @@ SCHEDULE_NAMES = {"linear": "linear", "constant": "constant_with_warmup", "wsd":
 
 
 def on_cpu(config: SftConfig) -> bool:
-    """Whether the run stays on the CPU."""
+    """Whether the run stays on the CPU.
+
+    Raises:
+        ValueError: it must not, and there is no GPU that torch can use.
+    """
+    if config.training.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"training.device='cuda', but torch {torch.__version__} (CUDA {torch.version.cuda}) can use no GPU here: "
+            "install a CUDA build of torch, or a newer driver (nvidia-smi)."
+        )
     return config.training.device == "cpu" or not torch.cuda.is_available()
 
 
@@ -174,6 +191,7 @@ def prepare(config: SftConfig) -> tuple[SftTrainer, Path | None]:
     if on_cpu(config) and way.startswith("zero"):
         spare_the_compiler()
     args = arguments(config, max_steps)
+    config.output_dir = args.output_dir = same_folder(config.output_dir)
     checkpoint = checkpoint_to_resume(Path(config.output_dir), config.resume)
     plan = plan_adapter(config, checkpoint, way)
     universal = False
@@ -259,11 +277,23 @@ def per_step(config: SftConfig) -> str:
     )
 
 
+def dry_run() -> bool:
+    """Whether the settings are only to be shown.
+
+    Raises:
+        ValueError: DRY_RUN is neither 0 nor 1.
+    """
+    asked = os.environ.get("DRY_RUN") or "0"
+    if asked not in ("0", "1"):
+        raise ValueError(f"DRY_RUN={asked}: give 1 (only show the settings) or 0.")
+    return asked == "1"
+
+
 @hydra.main(version_base="1.3", config_path="../configs", config_name="sft")
 def _main(composed: DictConfig) -> None:
     try:
         config = typed(composed)
-        if os.environ.get("DRY_RUN") == "1":
+        if dry_run():
             print(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
             print(per_step(config))
             return
@@ -281,11 +311,12 @@ def main() -> None:
         if not any(argument.startswith("-") for argument in sys.argv[1:]):  # a flag for Hydra itself, such as --cfg job
             compose_settings(sys.argv[1:])  # so that a mistake leaves no run folder behind
         sys.argv[1:] = check_overrides(sys.argv[1:])
+        dry = dry_run()
     except ValueError as error:
         raise SystemExit(f"sft.py: {error}") from error
     if int(os.environ.get("RANK", "0")) > 0:  # one run folder and one log, written by the first process
-        sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
-    if os.environ.get("DRY_RUN") == "1":
+        sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.run.dir=."]
+    if dry:
         sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra.run.dir=."]
     _main()
 

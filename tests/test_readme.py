@@ -143,10 +143,12 @@ COMMANDS: dict[str, Callable[[str, Path], None]] = {
         creates="runs/my_export/model.safetensors"
     ),
     "DRY_RUN=1 bash sft_training/run_gpus_fp8.sh": Run(dry=True, prints="--num_processes 8"),
-    "bash sft_training/run_gpus_fp8.sh dataset.files=runs/my_texts.jsonl output_dir=runs/llada": Run(
+    "python dataset/transfer_text2token.py --input_dir my_texts --output_file runs/llada_texts.jsonl "
+    "--tokenizer_model LLaDA-8B-Base": Options("the 8B model's tokenizer is not here"),
+    "bash sft_training/run_gpus_fp8.sh dataset.files=runs/llada_texts.jsonl output_dir=runs/llada": Run(
         dry=True, prints="max_length: 8192"
     ),
-    "bash sft_training/run_gpus_bf16.sh adapter=lora dataset.files=runs/my_texts.jsonl output_dir=runs/llada_lora": Run(
+    "bash sft_training/run_gpus_bf16.sh adapter=lora dataset.files=runs/llada_texts.jsonl output_dir=runs/llada_lora": Run(
         dry=True, prints="kind: lora"
     ),
     "SHARD=zero2 bash sft_training/run_cpu.sh dataset.files=runs/my_texts.jsonl training.max_steps=200 "

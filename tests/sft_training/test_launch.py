@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
+from sft_training.config import SftConfig
 from sft_training.overrides import CONFIGS, compose_settings
 from sft_training.sft import prepare
 from sft_training.sharding import OURS, SameWay, acting, asked, check_sharding
@@ -28,7 +30,7 @@ def programs(tmp_path: Path) -> Path:
     folder = tmp_path / "programs"
     folder.mkdir()
     for name, content in {
-        "python": 'echo "$@"; echo "run folder $DLLM_RUN_DIR, threads $OMP_NUM_THREADS"',
+        "python": 'echo "$@"; echo "run folder $DLLM_RUN_DIR, $TORCH_ELASTIC_SHUTDOWN_TIMEOUT s, threads $OMP_NUM_THREADS"',
         "nvidia-smi": "for i in 0 1 2 3; do echo GPU $i; done",
         "scontrol": 'echo "first-of-$3"; echo second',
     }.items():
@@ -88,7 +90,7 @@ def test_arguments_come_last_and_so_win_from_any_folder(programs: Path, tmp_path
     assert flag(command, "config_file") == str(CONFIGS / "accelerate" / "zero2.yaml")
     assert flag(command, "deepspeed_config_file") == str(CONFIGS / "deepspeed" / "zero2.json")
     assert environment.startswith("run folder outputs/sft/20")
-    assert environment.endswith("threads 1")
+    assert environment.endswith(", 3600 s, threads 1")  # a checkpoint takes longer than the launcher's 30 seconds
     assert not [path for path in tmp_path.iterdir() if path != programs]
 
 
@@ -118,6 +120,24 @@ def test_one_process_without_sharding_needs_no_launcher(programs: Path, tmp_path
     assert (flag(sharded, "num_processes"), Path(flag(sharded, "config_file")).name) == ("1", "zero2.yaml")
 
 
+def test_several_machines_may_name_their_folder_as_a_setting(programs: Path, tmp_path: Path) -> None:
+    machines = {"NNODES": "2", "MASTER_ADDR": "head"}
+    made = launch(str(FOLDER / "run_gpus_fp8.sh"), "output_dir=/shared/run", folder=tmp_path, programs=programs, **machines)
+    assert "output_dir=/shared/run" in made.stdout
+
+
+def test_a_driver_that_does_not_answer_is_no_gpu(programs: Path, tmp_path: Path) -> None:
+    (programs / "nvidia-smi").write_text("#!/bin/bash\necho 'NVIDIA-SMI has failed'\nexit 9\n", encoding="utf-8")
+    made = launch(str(FOLDER / "run_gpus_fp8.sh"), folder=tmp_path, programs=programs)
+    assert (made.returncode, "no GPU is visible here" in made.stderr) == (2, True)
+    assert launch(str(FOLDER / "run_gpus_fp8.sh"), folder=tmp_path, programs=programs, DRY_RUN="1").returncode == 0
+
+
+def test_a_gpu_run_does_not_fall_back_to_the_cpu(settings: Callable[..., SftConfig], write_samples: Any) -> None:
+    with pytest.raises(ValueError, match=r"training\.device='cuda', but torch .* can use no GPU here"):
+        prepare(settings(write_samples([9, 9]), "training.device=cuda"))
+
+
 @pytest.mark.parametrize(
     ("script", "environment", "said"),
     [
@@ -129,7 +149,9 @@ def test_one_process_without_sharding_needs_no_launcher(programs: Path, tmp_path
         ("run_gpus_fp8.sh", {"NNODES": "0"}, "NNODES=0: give a whole number from 1 on"),
         ("run_gpus_fp8.sh", {"NNODES": "2", "NODE_RANK": "2"}, "machines are numbered from 0 to 1"),
         ("run_gpus_fp8.sh", {"NNODES": "2"}, "NNODES=2 needs MASTER_ADDR=HOST"),
-        ("run_gpus_fp8.sh", {"NNODES": "2", "MASTER_ADDR": "head"}, "needs DLLM_RUN_DIR=FOLDER, on a disk that all"),
+        ("run_gpus_fp8.sh", {"NNODES": "2", "MASTER_ADDR": "head"}, "needs DLLM_RUN_DIR=FOLDER (or output_dir"),
+        ("run_gpus_bf16.sh", {"CUDA_VISIBLE_DEVICES": "0,-1,1", "GPUS_PER_NODE": "2"}, "but 1 GPU(s) are visible"),
+        ("run_gpus_bf16.sh", {"DRY_RUN": "yes"}, "DRY_RUN=yes: give 1 (only show what would run) or 0"),
         ("run_cpu.sh", {"PROCESSES": "0"}, "PROCESSES=0: give a whole number from 1 on"),
         ("run_cpu.sh", {"SHARD": "fsdp2"}, "SHARD=fsdp2 needs GPUs"),
     ],

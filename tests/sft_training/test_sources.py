@@ -12,6 +12,7 @@ import torch
 from test_training_run import StopAt, _quiet, equal, metrics, weights  # noqa: F401
 
 from dllm_var.text.special_tokens import SpecialTokens
+from sft_training import build
 from sft_training.build import build_stream, training_steps
 from sft_training.config import SftConfig
 from sft_training.overrides import compose_settings
@@ -122,6 +123,13 @@ def test_a_mixture_has_as_many_steps_as_its_draws_give(mixed: Settings, tokenize
     assert 1 <= dropped <= 5
 
 
+def test_ids_of_another_tokenizer_are_told_by_their_missing_ends(settings: Settings, tmp_path: Path) -> None:
+    endless = json.dumps({"id": "a", "input_ids": [97] * 30, "prompt_length": 5})
+    (tmp_path / "endless.jsonl").write_text("\n".join([endless] * 150), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"data: none of the first 100 responses holds a stop token \(256, 257\)"):
+        prepare(settings(tmp_path / "endless.jsonl", "training.max_steps=1"))
+
+
 @pytest.fixture
 def bad_line(tmp_path: Path) -> Path:
     good = json.dumps({"id": "a", "input_ids": [97] * 30 + [257, 256], "prompt_length": 5})
@@ -129,7 +137,10 @@ def bad_line(tmp_path: Path) -> Path:
     return tmp_path / "bad.jsonl"
 
 
-def test_a_fault_that_the_background_meets_ends_the_run_with_its_sentence(settings: Settings, bad_line: Path) -> None:
+def test_a_fault_that_the_background_meets_ends_the_run_with_its_sentence(
+    settings: Settings, bad_line: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "FIRST_LOOK", 20)
     config = settings(bad_line, "dataset.shuffle=false", "training.max_steps=20", "training.save_steps=1")
     with pytest.raises(
         ValueError, match=r"bad\.jsonl, line 21 is not a tokenised sample: .* \(the line starts at byte \d+\)"
