@@ -9,6 +9,7 @@ Every question stands alone: the model does not see the ones before it. This fil
 """
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -55,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, 1 when a prompt could not be answered, 2 for a bad option or model, 130 after Ctrl-C."""
     options = parse(arguments)
     plain = options.plain or not sys.stdout.isatty()
-    console = Console(highlight=False)
+    console = Console(highlight=False, color_system=None if plain else "auto")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that bytes that are no text spoil their own line alone
     try:
         config = GenerationConfig(
             max_gen_length=options.max_gen_length,
@@ -77,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
     for prompt in [options.prompt] if options.prompt is not None else questions(console, asked):
         if not asked and options.prompt is None:
-            console.print(Text(f"> {prompt}", style="bold"), soft_wrap=True)
+            console.print(Text(f"> {printable(prompt)}", style="bold"), soft_wrap=True)
         try:
             events = stream(model, [prompt], config)
             result, seconds = show_plain(console, events) if plain else show_live(console, model, events)
@@ -176,17 +179,22 @@ def show_live(console: Console, model: Pretrained, events: Iterable[Event]) -> t
     """Show the whole answer after every forward, masks included; return it and the seconds spent on it."""
     sure: dict[int, float] = {}
     seconds, start = 0.0, time.perf_counter()
-    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+    with Live(console=console, auto_refresh=False, transient=True) as live:
         for event in events:
             CTRL_C.check()
             seconds += time.perf_counter() - start
             sure.update({commit.position: commit.confidence for commit in event.committed})
-            live.update(coloured(model, event, sure), refresh=True)
+            answer = coloured(model, event, sure)
+            # What has scrolled out of the terminal could not be drawn over any more, so only the end is shown for now.
+            shown = answer.wrap(console, console.width)[1 - console.height :]
+            live.update(Text("\n").join(shown), refresh=True)
             if event.result is not None:
-                return event.result, seconds
+                break
             time.sleep(PAUSE)
             start = time.perf_counter()
-    raise AssertionError("a stream ends with a result")
+    console.print(answer)
+    assert event.result is not None, "a stream ends with a result"
+    return event.result, seconds
 
 
 def coloured(model: Pretrained, event: Event, sure: dict[int, float]) -> Text:

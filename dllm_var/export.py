@@ -110,7 +110,7 @@ def release(
     Raises:
         ValueError: see `check_target` and `export`; or what was reopened computes other logits.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser().resolve()  # through links, and with a name of its own also where it is "."
     check_target(folder)
     assert pretrained.tokenizer is not None
     model, mask = pretrained.model, pretrained.special.mask
@@ -128,11 +128,21 @@ def release(
             difference = (rounded.float() - again.float()).abs().max().item()
             raise ValueError(f"the export was reopened and computes other logits (by {difference}), so it was not kept.")
         check_hashes(made)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(made, folder)
+        _put(made, folder, aside=Path(room) / "earlier")
     rounding = (before.float() - rounded.float()).abs().max().item()
     return Release(summary, rounding, rounded.float().abs().max().item())
+
+
+def _put(made: Path, folder: Path, aside: Path) -> None:
+    """Give a finished export its name; what had it before goes aside first, and comes back if that fails."""
+    try:
+        if folder.exists():
+            os.replace(folder, aside)
+        os.replace(made, folder)
+    except OSError as error:
+        if aside.exists() and not folder.exists():
+            os.replace(aside, folder)
+        raise ValueError(f"output {folder} cannot be replaced ({error.strerror}): choose a new folder.") from error
 
 
 @torch.no_grad()
@@ -266,8 +276,11 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
-    # Releases of transformers differ in where they look for these two; the folder answers all of them.
+    # Releases of transformers differ in where they look for these; the folder answers all of them.
     fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    fields["model_input_names"] = ["input_ids", "attention_mask"]  # some would add token_type_ids, which no LLaDA takes
+    if isinstance(fields.get("extra_special_tokens"), list):  # its name since release 5; before, that one held a mapping
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
     if isinstance(tokenizer.chat_template, str):
         fields["chat_template"] = tokenizer.chat_template
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")

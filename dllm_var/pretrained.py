@@ -5,10 +5,12 @@ Called by users, the demo and `evaluation/` through `dllm_var.load_pretrained`.
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from operator import index
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +28,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What is fetched from the hub: data only, so no remote code ever reaches this machine.
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
 
+KINDS = "a prompt is either text, or a list of messages, or a list of token ids"
 Prompt = str | Sequence[Message] | Sequence[int]
 
 
@@ -45,12 +48,18 @@ class Pretrained:
         """
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        ids = [part for part in prompt if not isinstance(part, dict)]
-        if len(ids) == len(prompt):
-            return [int(i) for i in ids]
-        messages = [part for part in prompt if isinstance(part, dict)]
-        if ids:
-            raise ValueError("a prompt is either text, or a list of messages, or a list of token ids, not a mixture.")
+        if isinstance(prompt, Mapping) or not isinstance(prompt, Iterable):
+            hint = ": of a conversation give the list of its messages, of a tokenizer's output its input_ids[0]"
+            raise ValueError(f"{KINDS}, not a {type(prompt).__name__}{hint if isinstance(prompt, Mapping) else ''}.")
+        parts: list[Any] = list(prompt)
+        messages = [part for part in parts if isinstance(part, dict)]
+        if not messages:
+            try:
+                return [index(part) for part in parts]
+            except TypeError as error:
+                raise ValueError(f"{KINDS}: these are no token ids ({error}).") from error
+        if len(messages) < len(parts):
+            raise ValueError(f"{KINDS}, not a mixture.")
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: give prompts as token ids.")
         return render_prompt(self.tokenizer, messages)
@@ -82,7 +91,14 @@ def load_pretrained(
         ValueError: no such folder or hub model, a folder that is no checkpoint, a tokenizer that does not fit, too
             little memory, or an adapter without its base.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype={dtype!r}: give a torch.dtype, such as torch.bfloat16, or None.")
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={str(device)!r} cannot be used here ({reason}): leave it out, or give 'cpu'.") from error
     dtype = FASTEST.get(device.type) if dtype is None else dtype
     opened = open_pretrained(name_or_folder, dtype, device, base=base, merge=merge)
     if int8:

@@ -46,8 +46,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 question = [{{"role": "user", "content": "…"}}]
-prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-print(tokenizer.decode(model.generate(prompt)[0]))
+prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**prompt)[0]))
 ```
 
 Or, with dLLM-Var: `python demo_dLLM-var.py --model {name}`. `sha256sum -c {hashes}` checks the files.

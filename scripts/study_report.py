@@ -19,7 +19,8 @@ from dataset.tiny_corpus import TASKS
 from evaluation.length_calibration import Outcome
 
 DRAWS = 1000
-# Column → (what it is of an outcome, how it is printed). All are means over answers.
+# Column → (what it is of an outcome, how it is printed). All are means over answers, the last one a mean of ratios, in which
+# short answers weigh as much as long ones: it is not the mean length over the mean number of forwards.
 FIGURES: dict[str, tuple[Callable[[Outcome], float], str]] = {
     "exact match": (lambda o: o.exact, ".3f"),
     "stops by EOS": (lambda o: o.ended, ".3f"),
@@ -27,7 +28,7 @@ FIGURES: dict[str, tuple[Callable[[Outcome], float], str]] = {
     "length error": (lambda o: abs(o.given - o.right), ".1f"),
     "forwards": (lambda o: o.forwards, ".1f"),
     "positions": (lambda o: o.positions, ".0f"),
-    "tokens/forward": (lambda o: o.given / o.forwards, ".2f"),
+    "tokens/forward of an answer": (lambda o: o.given / o.forwards, ".2f"),
 }
 Key = tuple[str, str]  # recipe, way
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from dllm_var import GenerationConfig, load_pretrained, stream
 
@@ -54,6 +55,29 @@ def test_plain_output_is_the_final_text_piece_by_piece(demo: Any, chat_folder: P
     result, seconds = demo.show_plain(console, stream(model, ["rep xy 3"], config))
     assert console.file.getvalue() == demo.printable(result.text) + "\n"  # not wrapped, nothing twice
     assert seconds > 0
+
+
+def test_a_line_that_is_no_text_is_told_and_the_next_one_answered(
+    demo: Any, chat_folder: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    piped = io.TextIOWrapper(io.BytesIO(b"rep xy 3\ncaf\xe9\ncount 9\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", piped)
+    assert demo.main(["--model", str(chat_folder), *FAST]) == 1
+    told = capsys.readouterr()
+    assert len(SUMMARY.findall(told.out)) == 2
+    assert "error: the text is not valid Unicode: 'caf' is followed by" in told.err.replace("\n", " ")
+
+
+def test_an_answer_longer_than_the_terminal_is_there_once_at_the_end(demo: Any, chat_folder: Path) -> None:
+    model, config = load_pretrained(chat_folder), GenerationConfig(max_gen_length=60, block_length=4, threshold=2)
+    console = Console(file=io.StringIO(), width=3, height=3, force_terminal=True, color_system=None)
+    result, _ = demo.show_live(console, model, stream(model, ["rep xy 3"], config))
+    lines = Text(demo.printable(result.text)).wrap(console, 3)
+    assert len(lines) > 4
+    last = console.file.getvalue().rsplit("\x1b[2K", 1)[-1]  # behind the last line that was wiped out
+    ending = [line.plain.rstrip() for line in lines]
+    assert [line.rstrip() for line in last.rstrip().splitlines()][-len(ending) :] == ending
+    assert console.file.getvalue().count("\n" + lines[0].plain) <= 3  # while it fitted, and at the end
 
 
 def test_the_live_view_shows_masks_and_colours_by_probability(demo: Any, chat_folder: Path) -> None:

@@ -180,7 +180,10 @@ def test_tokenizer_and_template_travel_with_the_folder(stranger: dict[str, Tenso
     assert stranger["tokens"].tolist() == _tokenizer()(text)["input_ids"]
     assert stranger["tokens"][-1] == 257
     assert (folder / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
-    assert json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"] == TEMPLATE
+    fields = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert fields["chat_template"] == TEMPLATE
+    assert fields["model_input_names"] == ["input_ids", "attention_mask"]
+    assert not isinstance(fields.get("extra_special_tokens"), list)  # which releases before 5 cannot read
 
 
 def test_config_names_the_code_and_keeps_every_field(folder: Path) -> None:

@@ -48,6 +48,12 @@ class Executor:
         scratch: int | None = None,
         room: int | None = None,
     ) -> None:
+        places = {weight.device for weight in model.parameters()}
+        if len(places) > 1 or any(place.type == "meta" for place in places):
+            raise ValueError(
+                f"the model's weights lie on {', '.join(sorted(map(str, places)))} (device_map; meta: offloaded), but keys "
+                "and values are kept on one device: open it on one that holds it whole, with device_map={'': 'cuda:0'}, say."
+            )
         self.model, self.proposer, self.seed, self.calls = model, proposer, seed, 0
         self.columns = self.padding = 0
         self.computed = torch.zeros_like(state.forwards)

@@ -218,6 +218,9 @@ def _read(found: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
                     yield tensor.name, opened.get_tensor(tensor.stored_as)
 
 
+CGROUP = Path("/sys/fs/cgroup")
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can be had on a device; None where there is no way to tell."""
     if device.type == "cuda":
@@ -234,9 +237,10 @@ def free_memory(device: torch.device) -> int | None:
         except (AttributeError, OSError, ValueError):
             return None
     try:  # a container may be allowed less than the machine has
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
-        bounds.append(max(limit - used, 0))
+        limit, used = (int((CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        kinds = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        cached = sum(int(kinds.get(name, 0)) for name in ("active_file", "inactive_file"))  # of files; given up when needed
+        bounds.append(max(limit - used + cached, 0))
     except (OSError, ValueError):  # no limit ("max") or no such file
         pass
     return min(bounds)

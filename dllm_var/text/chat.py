@@ -45,7 +45,8 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text is not valid Unicode: character {error.start + 1} is half of a surrogate pair."
+            f"the text is not valid Unicode: {text[: error.start].lstrip()[-20:]!r} is followed by half of a "
+            "surrogate pair, or by a byte that is no text."
         ) from error
     ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     forbidden = control_ids(tokenizer)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 import dllm_var.pretrained
 from dllm_var import Event, GenerationConfig, Pretrained, generate, load_pretrained, stream
@@ -104,6 +105,10 @@ def test_without_a_tokenizer_ids_are_answered_with_ids(recorded: Pretrained) -> 
         ("add 7 8", {}, r"one text: give a list"),
         ([[{"role": "user", "content": "a"}, 5]], {}, "not a mixture"),
         ([[{"role": "user"}]], {}, "content"),
+        ([{"role": "user", "content": "a"}], {}, "not a dict: of a conversation give the list of its messages"),
+        ([None], {}, "not a NoneType"),
+        ([["a"]], {}, "these are no token ids"),
+        ([[3.7, 4.2]], {}, "these are no token ids"),
         (["a"], {"batch_size": 0}, "batch_size=0"),
         (["a"], {"requests": [1, 2]}, "must be 1 different numbers"),
         (["a", "b"], {"requests": [1, 1], "batch_size": 1}, "must be 2 different numbers"),
@@ -163,6 +168,26 @@ def test_a_folder_that_is_no_checkpoint_or_has_no_tokenizer_is_told(tmp_path: Pa
         shutil.copy(chat_folder / name, tmp_path)
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dtype": "bfloat16"}, r"dtype='bfloat16': give a torch\.dtype"),
+        ({"device": "gpu"}, "device='gpu' cannot be used here"),
+        ({"device": "cuda:99"}, "device='cuda:99' cannot be used here"),
+    ],
+)
+def test_a_dtype_or_device_that_is_none_is_told(chat_folder: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        load_pretrained(chat_folder, **options)
+
+
+def test_a_model_that_is_not_on_one_device_is_refused_before_it_answers_nonsense(chat_folder: Path) -> None:
+    model = load_pretrained(chat_folder)
+    cpu_offload(model.model.model.transformer["ff_out"], execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"weights lie on cpu, meta \(device_map; meta: offloaded\)"):
+        generate(model, ["rep xy 3"], CONFIG)
 
 
 def test_a_model_too_big_for_the_memory_is_told_before_it_is_loaded(

@@ -364,6 +364,18 @@ def test_too_little_memory_is_one_clear_sentence(folder: Path, monkeypatch: pyte
     load_model(folder)
 
 
+def test_files_that_the_system_remembers_are_free_memory_of_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "CGROUP", tmp_path)
+    statistics = "anon 500\nactive_file 1000\ninactive_file 2000"
+    for name, content in (("memory.max", "4000"), ("memory.current", "3500"), ("memory.stat", statistics)):
+        (tmp_path / name).write_text(f"{content}\n", encoding="ascii")
+    assert checkpoint.free_memory(torch.device("cpu")) == 3500
+    (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
+    assert checkpoint.free_memory(torch.device("cpu")) != 3500
+
+
 def test_free_memory_is_known_here_or_said_to_be_unknown() -> None:
     free = checkpoint.free_memory(torch.device("cpu"))
     assert free is None or free > 2**20

@@ -1,6 +1,8 @@
 """scripts/export.py: from a run's folder or an adapter to a folder for others, with a card that says what is known."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,6 +147,39 @@ def test_a_card_that_the_model_has_already_travels_with_it(export: Export, run_f
     text = (run_folder / "out" / "README.md").read_text(encoding="utf-8")
     assert text.endswith("## Its own card\n\n# Mine\n\nIt sorts words.\n")
     assert "Not known" not in text
+
+
+@pytest.mark.parametrize("output", [".", "link"])
+def test_an_earlier_export_is_replaced_in_the_present_folder_and_behind_a_link(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    folder = tmp_path / "folder"
+    export("--model", "tiny", "--output", str(folder))
+    before = sorted(path.name for path in folder.iterdir())
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder if output == "." else tmp_path)
+    export("--model", "tiny", "--output", output, "--dtype", "fp32")
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
+
+
+def test_an_earlier_export_that_cannot_be_moved_stays(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export("--model", "tiny", "--output", str(tmp_path / "folder"))
+    before = (tmp_path / "folder" / "SHA256SUMS").read_bytes()
+    replace = os.replace
+
+    def fails(source: Any, target: Any) -> None:
+        if Path(target).name == "folder" and Path(source).name != "earlier":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(SystemExit, match=r"cannot be replaced \(Device or resource busy\): choose a new folder"):
+        export("--model", "tiny", "--output", str(tmp_path / "folder"), "--dtype", "fp32")
+    assert (tmp_path / "folder" / "SHA256SUMS").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_figures_are_means_with_intervals_and_ours_comes_first(
     assert ours["exact match"]["mean"] == pytest.approx(0.9)
     assert 0.7 < ours["exact match"]["low"] < 0.9 < ours["exact match"]["high"] <= 1.0
     assert ours["length error"]["mean"] == pytest.approx(0.3)
-    assert ours["tokens/forward"]["mean"] == pytest.approx((0.9 * 6 + 0.1 * 9) / 4)
+    assert ours["tokens/forward of an answer"]["mean"] == pytest.approx((0.9 * 6 + 0.1 * 9) / 4)
     assert ours["tasks"] == {"add": pytest.approx(0.9)}
     assert (ours["answers"], ours["seconds"]) == (30, pytest.approx(0.2))
     written = (folder / "report.md").read_text(encoding="utf-8")
