@@ -73,7 +73,7 @@ def pair(prompt: str, answer: str, doc_id: int = 0, choice: int = 0) -> Instance
 
 
 def what_counts(lm: DiffusionLM) -> dict[str, Any]:
-    return {key: {**vars(record), "seconds": None} for key, record in lm.records.items()}
+    return {key: {**vars(record), "seconds": None, "latency": None} for key, record in lm.records.items()}
 
 
 SAMPLED = {"temperature": 1.0, "remasking": "random"}
