@@ -74,6 +74,7 @@ def test_an_answer_longer_than_the_terminal_is_there_once_at_the_end(demo: Any, 
     result, _ = demo.show_live(console, model, stream(model, ["rep xy 3"], config))
     lines = Text(demo.printable(result.text)).wrap(console, 3)
     assert len(lines) > 4
+    assert "..." not in console.file.getvalue()  # the library's sign for lines at the end that it does not show
     last = console.file.getvalue().rsplit("\x1b[2K", 1)[-1]  # behind the last line that was wiped out
     ending = [line.plain.rstrip() for line in lines]
     assert [line.rstrip() for line in last.rstrip().splitlines()][-len(ending) :] == ending

@@ -312,6 +312,8 @@ def test_a_request_that_never_had_a_forward_has_no_tokens_per_forward(talker: Pr
 
 def test_requests_that_do_not_fit_into_memory_are_still_there(recorded: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(recorded, max_length=64)
+    engine.submit([96], CONFIG)
+    engine.run()  # so that their lane is open already
     numbers = [engine.submit([97], CONFIG), engine.submit([98], CONFIG)]
     with monkeypatch.context() as patch:
         patch.setattr(DecodeState, "begin", lambda *given, **named: torch.empty(2**62))  # as without memory
