@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Why: the paper's table at laptop scale: what each part of the recipe does, on the same network, data, steps and seeds.
 # How: bash scripts/study.sh [RUN_FOLDER], after scripts/train_tiny.sh has made that folder's data, its autoregressive warm-up
-# and its masked model. As in the paper, a recipe that fills in masks is a fine-tuning of a masked model, here of that one; the
+# and its finished model. As in the paper, a recipe that fills in masks is a fine-tuning of a masked model, here of that one; the
 # autoregressive recipe goes on from the warm-up. STEPS (default 250) steps for each of SEEDS (default "1 2 3"), PROMPTS (default
 # 40) problems of each task: four to five hours on two cores, by estimate.
 # That masked model knows already how to stop. The recipes *_anew therefore start at the warm-up, which has never seen a mask,
@@ -16,7 +16,7 @@ seeds="${SEEDS:-1 2 3}"
 prompts="${PROMPTS:-40}"
 python="${PYTHON:-$root/.venv/bin/python}"
 command -v "$python" >/dev/null || { echo "there is no $python: run bash install.sh first, or give PYTHON=…" >&2; exit 1; }
-for base in warm_up masked; do
+for base in warm_up sft; do
   [[ -e "$run/$base/final/config.json" ]] ||
     { echo "$run has no $base/final: run bash scripts/train_tiny.sh $run first" >&2; exit 1; }
 done
@@ -40,7 +40,7 @@ llada=("${plain[@]}" "${no_tails[@]}" view.fill=true forward_process.always_mask
   loss.name=elbo packing.max_length=288 training.local_batch_size=10)
 longer=(training.max_steps=$((steps * 2)) training.decay_steps="$steps" training.learning_rate=2e-3)
 for seed in $seeds; do # a whole table first, then the next seed makes it surer
-  base=masked
+  base=sft
   measured=(--prompts "$prompts")
   recipe dllm_var
   recipe published "${full[@]}" "${no_tails[@]}" forward_process.t_max=0.9 forward_process.t_per=row

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Why: makes the bundled model from nothing: corpus, tokenizer, training through sft_training/sft.py.
-# How: bash scripts/train_tiny.sh [RUN_FOLDER] [hydra overrides of stages 2 to 5 …]; run it again after any stop, it goes on
+# How: bash scripts/train_tiny.sh [RUN_FOLDER] [hydra overrides of the masked stages …]; run it again after any stop, it goes on
 # where it was. The finished model, measured and with its card, is RUN_FOLDER/bundle.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -20,10 +20,12 @@ tokens() { # INPUT_DIR OUTPUT_FILE
     --tokenizer_model "$run/start" --max_length 288 --num_workers "$threads" --template chat
 }
 corpus "$run/text" 1
+SAMPLES="${SAMPLES:-200000}" corpus "$run/more" 3 --turns spell word add json count word spell json table word count
 if [[ ! -e "$run/start/config.json" ]]; then
   "$python" "$root/dataset/tiny_tokenizer.py" --text "$run/text/train/problems.jsonl" --output_dir "$run/start"
 fi
 tokens "$run/text/train" "$run/train.jsonl"
+tokens "$run/more/train" "$run/more.jsonl"
 tokens "$run/text/held_out" "$run/held_out.jsonl"
 
 mkdir -p "$run"
@@ -53,41 +55,33 @@ if [[ "${WARM_UP:-1}" == 1 ]]; then
   origin=(model=tiny model.path="$run/warm_up/final")
 fi
 
-# Stage 2: fill in masks; most samples are shown with all their blocks at once, in the very states that decoding meets.
-fill() {
-  sft packing.max_length=576 training.local_batch_size=5 view.block_share=0.85 view.every_block=true view.tail_share=0.8 \
-    view.tail_max=32 forward_process.t_per=sample forward_process.t_max=1.0 "$@"
+fill() { # fill in masks; most samples are shown with all their blocks at once, in the very states that decoding meets
+  sft view.block_share=0.85 view.every_block=true view.tail_share=0.8 view.tail_max=32 \
+    forward_process.t_per=sample forward_process.t_max=1.0 "$@"
 }
-if [[ -n "${TRAIN_ONLY:-}" || ! -e "$run/masked/final/config.json" ]]; then
-  fill "${origin[@]}" 'view.block_lengths=[8,16,32]' forward_process.t_min=0.1 \
-    training.learning_rate=2e-3 training.max_steps=10000 training.decay_steps=7000 output_dir="$run/masked" "$@"
-fi
-if [[ -n "${TRAIN_ONLY:-}" ]]; then exit; fi # the studies train this stage alone and measure for themselves
-
-# Stage 3: the states that are still hard. After stage 2 nearly all of the loss is where most of a block is masked.
-hard() { fill model=tiny forward_process.t_min=0.6 "$@"; }
-if [[ ! -e "$run/hard/final/config.json" ]]; then
-  hard model.path="$run/masked/final" 'view.block_lengths=[16,32,32]' dataset.shuffle_seed=43 \
-    training.learning_rate=1.5e-3 training.max_steps=8000 training.decay_steps=6000 output_dir="$run/hard" "$@"
+if [[ -n "${TRAIN_ONLY:-}" ]]; then # the studies train a masked stage of their own and measure for themselves
+  fill "${origin[@]}" packing.max_length=576 training.local_batch_size=5 'view.block_lengths=[8,16,32]' \
+    forward_process.t_min=0.1 training.learning_rate=2e-3 training.max_steps=10000 training.decay_steps=7000 \
+    output_dir="$run/masked" "$@"
+  exit
 fi
 
-# Stage 4: the tasks that are still hard, on new samples: word problems three times as often, JSON twice.
-corpus "$run/more" 2 --turns spell word add json word table count json word
-tokens "$run/more/train" "$run/more.jsonl"
-if [[ ! -e "$run/tasks/final/config.json" ]]; then
-  hard model.path="$run/hard/final" 'view.block_lengths=[16,32,32,32]' dataset.files="$run/more.jsonl" \
-    training.learning_rate=1e-3 training.max_steps=7000 training.decay_steps=6500 output_dir="$run/tasks" "$@"
-fi
-
-# Stage 5: first looks. After stage 4, 94 % of the tokens of an answer are decided while all of their block is masked, and
-# three in four wrong answers go wrong there. Rows are shorter: answers that do not fit with all their blocks are shown a block at a time,
-# without a clean copy, as decoding without a cache meets them.
-SAMPLES="${SAMPLES:-200000}" corpus "$run/last" 3 --turns spell word add json count word spell json table word count
-tokens "$run/last/train" "$run/last.jsonl"
-fill model=tiny model.path="$run/tasks/final" model.final_dtype=bf16 'view.block_lengths=[16,32,32]' \
-  view.first_look_share=0.6 forward_process.t_min=0.2 packing.max_length=384 training.local_batch_size=8 \
-  dataset.files="$run/last.jsonl" training.learning_rate=4e-4 training.max_steps=3600 training.decay_steps=3500 \
-  output_dir="$run/sft" "$@"
+# Stages 2 to 4: blocks that grow. To fill in a block of one mask is to predict the next token, so the warm-up's knowledge
+# carries over at once; then every stage has to see a little further ahead. Nearly all tokens of an answer are decided by the
+# first look at a block, when all of it is masked, so that is what is shown most.
+grow() { # STAGE BLOCK_LENGTHS FIRST_LOOK_SHARE LEARNING_RATE STEPS DECAY_STEPS [more overrides]
+  local stage="$1" blocks="$2" first="$3" rate="$4" steps="$5" decay="$6"
+  shift 6
+  if [[ ! -e "$run/$stage/final/config.json" ]]; then
+    fill "${origin[@]}" packing.max_length=384 training.local_batch_size=8 dataset.files="$run/more.jsonl" \
+      forward_process.t_min=0.2 view.block_lengths="$blocks" view.first_look_share="$first" \
+      training.learning_rate="$rate" training.max_steps="$steps" training.decay_steps="$decay" output_dir="$run/$stage" "$@"
+  fi
+  origin=(model=tiny model.path="$run/$stage/final")
+}
+grow blocks_4 '[1,2,4]' 1.0 4e-3 1000 0 training.schedule=constant "$@"
+grow blocks_16 '[4,8,16]' 0.8 3e-3 1500 0 training.schedule=constant "$@"
+grow sft '[16,32,32,32]' 0.6 3e-3 15000 14500 model.final_dtype=bf16 "$@"
 
 "$python" "$root/scripts/eval_tiny.py" --model "$run/sft/final" --output "$run/evaluation.json"
 "$python" "$root/scripts/bundle_tiny.py" --run "$run" --output "$run/bundle"

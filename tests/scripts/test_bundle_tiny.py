@@ -30,9 +30,9 @@ def finished_run(folder: Path) -> Path:
     settings |= {"forward_process": {"t_min": 0.6, "t_max": 1.0}, "loss": {}, "training": {}}
     (folder / "sft" / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     for stage, steps, group, key, value in (
-        ("masked", 30, "forward_process", "t_min", 0.1), ("hard", 20, "view", "block_share", 0.3),
-        ("tasks", 10, "view", "tail_share", 0.2),
-    ):  # fmt: skip
+        ("blocks_4", 30, "forward_process", "t_min", 0.1),
+        ("blocks_16", 20, "view", "block_share", 0.3),
+    ):
         (folder / stage).mkdir()
         (folder / stage / "run.json").write_text(json.dumps({"max_steps": steps, "tokens_per_step": 1000}), encoding="utf-8")
         (folder / stage / "metrics.jsonl").write_text(f'{{"step": {steps}, "seconds": 600}}\n', encoding="utf-8")
@@ -48,8 +48,6 @@ def finished_run(folder: Path) -> Path:
     (folder / "text" / "train").mkdir(parents=True)
     (folder / "text" / "train" / "problems.jsonl").write_text('{"instruction": "Add 1", "input": "", "output": "3"}\n')
     (folder / "more").mkdir()
-    (folder / "last").mkdir()
-    (folder / "last" / "made.json").write_text('{"samples": 77, "seed": 3, "turns": ["add", "count"]}')
     (folder / "text" / "made.json").write_text(json.dumps({"samples": 1234, "seed": 1, "turns": list(TASKS)}))
     (folder / "more" / "made.json").write_text('{"samples": 99, "seed": 2, "turns": ["add", "word", "word"]}')
     (folder / "commits").write_text("abc1234\nabd5678\n", encoding="utf-8")
@@ -66,14 +64,13 @@ def test_the_card_states_what_the_run_recorded_and_the_folder_opens(tmp_path: Pa
     assert (
         "30 optimizer steps of the recipe below with `forward_process.t_min: 0.1`, "
         "20 optimizer steps of the recipe below with `view.block_share: 0.3`, "
-        "10 optimizer steps of the recipe below with `view.tail_share: 0.2`, then 70 optimizer steps of 3,072" in words
+        "then 70 optimizer steps of 3,072" in words
     )
-    assert "(275,040 in all masked steps" in words
-    assert "2.0 hours" in words
+    assert "(265,040 in all masked steps" in words
+    assert "1.8 hours" in words
     assert "at commit abc1234, abd5678. From random weights, 1,200 steps of next-token prediction" in card
     assert json.loads((output / "token_freq.json").read_text(encoding="utf-8"))["num_token"] > 3
     assert "1,234 samples (seed 1, the tasks in turn), then 99 samples (seed 2, in turn add, word, word), " in words
-    assert "then 77 samples (seed 3, in turn add, count)" in words
     assert "40% are shown as block decoding meets them, all blocks of a sample at once" in card.replace("\n", " ")
     assert len(json.loads((output / "examples.json").read_text(encoding="utf-8"))) == 6
     assert load_pretrained(output).model.num_parameters() == 2_828_736

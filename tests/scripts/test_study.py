@@ -45,7 +45,7 @@ def report(script: Any) -> ModuleType:
 def study(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
     """Run the script with a stand-in for Python; what it said, and every call."""
     run, log, stand_in = tmp_path / "run", tmp_path / "calls", tmp_path / "python"
-    for done in ("text/made.json", "start/config.json", "warm_up/final/config.json", "masked/final/config.json"):
+    for done in ("text/made.json", "start/config.json", "warm_up/final/config.json", "sft/final/config.json"):
         (run / done).parent.mkdir(parents=True, exist_ok=True)
         (run / done).touch()
     stand_in.write_text(STAND_IN.format(python=sys.executable, log=str(log)), encoding="utf-8")
@@ -69,7 +69,7 @@ def test_every_recipe_is_trained_with_every_seed_by_settings_that_exist_and_meas
         config = compose_settings(overrides)
         assert config.training.max_steps == (60 if "_anew-" in folder else 30)
         assert config.training.local_batch_size * config.packing.max_length == 2880  # the same positions for all
-        base = "warm_up" if "_anew-" in folder or "autoregressive-" in folder else "masked"
+        base = "warm_up" if "_anew-" in folder or "autoregressive-" in folder else "sft"
         assert config.model.path == str(tmp_path / "run" / base / "final")
     assert {compose_settings(overrides).training.seed for overrides in trained} == {1, 2}
     measured = [call for call in calls if call[0].endswith("study_measure.py")]
@@ -84,7 +84,7 @@ def test_what_was_trained_is_not_trained_again(tmp_path: Path) -> None:
     assert not [call for call in calls if call[0].endswith("sft.py")]
 
 
-@pytest.mark.parametrize("base", ["warm_up", "masked"])
+@pytest.mark.parametrize("base", ["warm_up", "sft"])
 def test_without_its_base_the_study_says_what_to_run_first(tmp_path: Path, base: str) -> None:
     ran, _ = study(tmp_path)
     (tmp_path / "run" / base / "final" / "config.json").unlink()
