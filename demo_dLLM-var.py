@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -55,6 +56,7 @@ CTRL_C = CtrlC()
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, 1 when a prompt could not be answered, 2 for a bad option or model, 130 after Ctrl-C."""
     options = parse(arguments)
+    warnings.showwarning = caution
     plain = options.plain or not sys.stdout.isatty()
     console = Console(highlight=False, color_system=None if plain else "auto")
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -125,6 +127,11 @@ def complain(what: object, code: int) -> int:
     """One sentence on stderr; returns the exit code."""
     print(f"error: {what}", file=sys.stderr)
     return code
+
+
+def caution(what: object, *_where: object, **_more: object) -> None:
+    """A warning as one sentence on stderr, in place of Python's lines with a piece of source code."""
+    print(f"warning: {what}", file=sys.stderr)
 
 
 def banner(name: str, model: Pretrained, config: GenerationConfig) -> Panel:

@@ -36,8 +36,7 @@ def generate(
         batch_size: prompts decoded together, the next one joining where one is done; default all of them.
 
     Raises:
-        ValueError: a prompt that cannot be rendered, is too long, or holds ids that the model does not have; a bad batch
-            size.
+        ValueError: a prompt that cannot be rendered, or holds ids that the model does not have; a bad batch size.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more, or None for all prompts at once.")
@@ -73,7 +72,6 @@ def _engine(
         raise ValueError("prompts is one text: give a list, generate(model, [text]), even for a single prompt.")
     ids = [model.prompt_ids(prompt) for prompt in prompts]
     longest = max(map(len, ids), default=0) + config.response_limit
-    longest = min(longest, model.model.config.max_sequence_length)
     some = max(1, len(prompts))
     engine = Engine(model, max_rows=min(some, rows or some), max_length=longest, queue_size=some)
     for prompt, request in zip(ids, requests, strict=True):

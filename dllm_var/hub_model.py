@@ -49,7 +49,7 @@ class LLaDAModelLM(Network):  # type: ignore[no-untyped-call]
             int64 [B, L]: the answers alone, each up to (not including) its first stop token, padded on the right.
 
         Raises:
-            ValueError: an option that is unknown or out of range, a mask with holes, a prompt too long for the model.
+            ValueError: an option that is unknown or out of range, a mask with holes.
         """
         known = {field.name for field in fields(GenerationConfig)}
         unknown = sorted(options.keys() - known)

@@ -219,8 +219,6 @@ class DiffusionLM(LM):
         limit = options.get("max_gen_toks")
         limit = None if limit is None or limit >= self._how.decoding.response_limit else int(limit)
         ids = context.ids if isinstance(context, RenderedChat) else encode_text(self._model.tokenizer, context)
-        fixed = self._how.decoding.canvas == "fixed"
-        self._check_length(request, len(ids), self._how.decoding.gen_length if fixed else 1)
         number = request_number(request.task_name, request.doc_id, repeat)
         key = key_of(self._settings, "answer", number, ids, until, limit)
         return Question(key, request.task_name, request.doc_id, number, ids, until, limit)
@@ -235,19 +233,9 @@ class DiffusionLM(LM):
         scored = encode_text(self._model.tokenizer, answer)
         if not scored:
             raise ValueError(f"problem {request.doc_id} of task {request.task_name} has an empty answer to rate.")
-        self._check_length(request, len(ids), len(scored))
         number = request_number(request.task_name, request.doc_id, repeat)  # shared by all answers to a problem
         key = key_of(self._settings, "rating", number, ids, scored, self._how.samples, self._how.sampling, self._how.seed)
         return Pair(key, request.task_name, request.doc_id, number, ids, request.idx, scored)
-
-    def _check_length(self, request: Instance, prompt: int, answer: int) -> None:
-        context = self._model.model.config.max_sequence_length
-        if prompt + answer > context:
-            raise ValueError(
-                f"problem {request.doc_id} of task {request.task_name} has a prompt of {prompt} tokens and needs {answer} "
-                f"more, but the model's context is {context}: give fewer examples (dataset.num_fewshot), or a smaller "
-                "generation.gen_length."
-            )
 
     def _run(self, jobs: Sequence[Any], length: Callable[[Any], Any]) -> list[Record]:
         """The record of each job: a stored one, or one that the team makes now, the longest first."""

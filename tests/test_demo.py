@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +153,32 @@ def test_a_bad_option_or_model_is_one_sentence(
     assert captured.err.count("\n") == 1
 
 
-def test_a_prompt_that_is_too_long_is_told_and_the_next_one_answered(
+def test_a_prompt_beyond_the_context_is_answered_with_one_sentence_of_warning(
     demo: Any, chat_folder: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 600 + "\nrep xy 3\n"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert demo.main(["--model", str(chat_folder), *FAST]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("warning: a prompt and its longest answer reach beyond the 512 positions")
+    assert captured.err.count("\n") == 1
+    assert len(SUMMARY.findall(captured.out)) == 2
+
+
+def test_a_prompt_that_cannot_be_answered_is_told_and_the_next_one_answered(
+    demo: Any, chat_folder: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    def failing(model: Any, prompts: Any, config: Any) -> Any:
+        if prompts == ["first"]:
+            raise ValueError("no such prompt")
+        return stream(model, prompts, config)
+
+    monkeypatch.setattr(demo, "stream", failing)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first\nrep xy 3\n"))
     assert demo.main(["--model", str(chat_folder), *FAST]) == 1
     captured = capsys.readouterr()
-    assert "context is 512" in captured.err
+    assert captured.err == "error: no such prompt\n"
     assert len(SUMMARY.findall(captured.out)) == 1
 
 

@@ -43,7 +43,7 @@ class GenerationConfig:
         method: a preset, see `METHODS` and ``python -m dllm_var.decoding``.
         cache: what is kept between forwards, see `CACHES`.
 
-        max_gen_length: dllm_var, daedal: the longest answer in tokens; the end of the model's context may come earlier.
+        max_gen_length: dllm_var, daedal: the longest answer in tokens.
         gen_length: tokens of a fixed canvas after the prompt, all of them decoded.
         block_length: positions decoded together; the last block may be shorter. Fixed canvas: default `gen_length`.
         initial_gen_length: daedal: masks to begin with.

@@ -20,6 +20,7 @@ from dllm_var.decoding.executor import Executor
 from dllm_var.decoding.proposal import Proposer
 from dllm_var.decoding.results import Event, Generation, events, generation
 from dllm_var.decoding.state import LIVE, DecodeState
+from dllm_var.model.config import warn_beyond_context
 from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.text.special_tokens import SpecialTokens
 
@@ -40,7 +41,7 @@ class DecodeLoop:
         capacity: canvas positions of the longest possible row; default as many as the rows given here need.
 
     Raises:
-        ValueError: a prompt with ids that the model does not have, or too long for the model.
+        ValueError: a prompt with ids that the model does not have.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class DecodeLoop:
         self.model, self.special, self.config = model, special, config
         self.policies = compose(config, special, model.config) if policies is None else policies
         self.room, self.capacity = len(prompts) if room is None else room, capacity
-        self.state = DecodeState.begin([], [], special.mask, 0, 0, capacity)
+        self.state = DecodeState.begin([], [], special.mask, 0, capacity)
         self._executor: Executor | None = None
         self.admit(prompts, range(len(prompts)) if requests is None else requests)
 
@@ -72,10 +73,11 @@ class DecodeLoop:
             ValueError: as for the class; or a number that a live row has.
         """
         check_requests([*self.state.request.tolist(), *requests], self.state.rows + len(prompts))
-        check_prompts(prompts, requests, self.model, self.config)
+        check_prompts(prompts, requests, self.model)
         room = [self.config.response_limit] * len(prompts) if limits is None else limits
-        context = self.model.config.max_sequence_length
-        fresh = DecodeState.begin(prompts, requests, self.special.mask, room, context, self.capacity)
+        for ids, longest in zip(prompts, room, strict=True):
+            warn_beyond_context(self.model.config, len(ids) + longest)
+        fresh = DecodeState.begin(prompts, requests, self.special.mask, room, self.capacity)
         if self._executor is None or not (self.state.rows or self._executor.joinable):
             self._executor = self._build(fresh)
         else:
@@ -216,20 +218,10 @@ def check_requests(requests: Sequence[int], prompts: int) -> None:
         raise ValueError(f"requests={list(requests)} must be {prompts} different numbers of 64 bits, one for each prompt.")
 
 
-def check_prompts(
-    prompts: Sequence[Sequence[int]], requests: Sequence[int], model: LLaDAModelLM, config: GenerationConfig
-) -> None:
-    """Raises ValueError for a prompt (by its number) with ids that the model does not have, or too long for the model."""
-    vocabulary, context = model.config.embedding_rows, model.config.max_sequence_length
-    fixed = config.canvas == "fixed"
+def check_prompts(prompts: Sequence[Sequence[int]], requests: Sequence[int], model: LLaDAModelLM) -> None:
+    """Raises ValueError for a prompt (by its number) with ids that the model does not have."""
+    vocabulary = model.config.embedding_rows
     for number, ids in zip(requests, prompts, strict=True):
         odd = next((i for i in ids if not 0 <= i < vocabulary), None)
         if odd is not None:
             raise ValueError(f"prompt {number} holds the id {odd}, but the model has the ids 0..{vocabulary - 1}.")
-        needed = len(ids) + (config.gen_length if fixed else 1)
-        if needed > context:
-            what = f"with gen_length={config.gen_length} it needs" if fixed else "an answer of one token needs"
-            raise ValueError(
-                f"prompt {number} has {len(ids)} tokens: {what} {needed} positions, but the model's context is {context}. "
-                f"Shorten the prompt{' or lower gen_length' if fixed else ''}."
-            )

@@ -76,16 +76,15 @@ class DecodeState:
         requests: Sequence[int],
         mask: int,
         response_limit: int | Sequence[int],
-        context: int,
         capacity: int | None = None,
     ) -> "DecodeState":
-        """Rows of prompt tokens with room for `response_limit` more each, as far as the model's context reaches.
+        """Rows of prompt tokens with room for `response_limit` more each.
 
         The limit is one for all rows or one for each; `capacity` is C, by default as little as these rows need.
         """
         rows = len(prompts)
         prompt = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
-        limit = (prompt + torch.tensor(response_limit)).clamp(max=context)
+        limit = prompt + torch.tensor(response_limit)
         capacity = max(limit.tolist(), default=0) if capacity is None else capacity
         tokens = torch.full((rows, capacity), mask)
         for row, ids in enumerate(prompts):

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dllm_var.diffusion.corruption import uniforms
 from dllm_var.diffusion.objective import masked_cross_entropy
+from dllm_var.model.config import warn_beyond_context
 from dllm_var.model.llada import LLaDAModelLM
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt ids, answer ids
@@ -256,15 +257,11 @@ def _check(model: LLaDAModelLM, pairs: Sequence[Pair], batch_size: int, cfg_scal
         raise ValueError(f"batch_size={batch_size}: give at least 1 row per forward.")
     if not 0.0 <= cfg_scale < math.inf:
         raise ValueError(f"cfg_scale={cfg_scale}: give a number of at least 0; 0 is off.")
-    vocabulary, context = model.config.embedding_rows, model.config.max_sequence_length
+    vocabulary = model.config.embedding_rows
     for number, (prompt, answer) in enumerate(pairs):
         if not answer:
             raise ValueError(f"answer {number} is empty: there is nothing to be likely.")
         odd = next((i for i in (*prompt, *answer) if not 0 <= i < vocabulary), None)
         if odd is not None:
             raise ValueError(f"pair {number} holds the id {odd}, but the model has the ids 0..{vocabulary - 1}.")
-        if len(prompt) + len(answer) > context:
-            raise ValueError(
-                f"pair {number} has {len(prompt)} + {len(answer)} tokens, but the model's context is {context}: "
-                "shorten the prompt."
-            )
+        warn_beyond_context(model.config, len(prompt) + len(answer))

@@ -70,7 +70,7 @@ class Engine:
     Args:
         model: see `dllm_var.load_pretrained`.
         max_rows: the most requests of one way of decoding that are live at a time.
-        max_length: the longest canvas, prompt included; default the model's context.
+        max_length: the longest canvas, prompt included; default the model's `max_sequence_length`.
         memory: bytes for keys and values; default what `max_rows` rows of one way of decoding take at a time.
         queue_size: how many requests may wait.
         prefill_columns: the most columns of prompts in one forward (one prompt always fits).
@@ -94,16 +94,13 @@ class Engine:
         load: Callable[[int], Mapping[str, Any]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        context = model.model.config.max_sequence_length
-        self.max_length = context if max_length is None else max_length
+        self.max_length = model.model.config.max_sequence_length if max_length is None else max_length
         for name, value in {
             "max_rows": max_rows, "queue_size": queue_size, "prefill_columns": prefill_columns,
             "max_length": self.max_length,
         }.items():  # fmt: skip
             if value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more.")
-        if self.max_length > context:
-            raise ValueError(f"max_length={max_length} is beyond the model's context of {context}: lower it.")
         self.model, self.max_rows, self.memory, self.queue_size = model, max_rows, memory, queue_size
         self.prefill_columns, self.load, self.clock = prefill_columns, load, clock
         self.waiting: deque[Request] = deque()
@@ -157,11 +154,11 @@ class Engine:
                 raise ValueError(f"{name}={value} must be above 0, or left out.")
         ids, number = self.model.prompt_ids(prompt), self._next if request is None else request
         check_requests([number], 1)
-        check_prompts([ids], [number], self.model.model, config)
+        check_prompts([ids], [number], self.model.model)
         needed, row = self._row_bytes(config), len(ids) + config.response_limit
         if self.memory is not None and needed > self.memory:
             raise ValueError(f"memory={self.memory} bytes cannot hold a request of {needed}: raise it, or lower max_length.")
-        if row > self.max_length < self.model.model.config.max_sequence_length:
+        if row > self.max_length:
             raise ValueError(
                 f"the prompt and the longest answer take {row} positions, above max_length={self.max_length}: raise it, or "
                 "lower max_gen_length or gen_length."

@@ -5,6 +5,7 @@ word; here every field that decides shape, rotation, normalisation or tying must
 architecture that no released checkpoint uses is refused by name. Used by everything that builds or loads a model.
 """
 
+import warnings
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
@@ -133,6 +134,16 @@ class LLaDAConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     def embedding_rows(self) -> int:
         """Rows of the embedding and of the head (``embedding_size`` if set, else ``vocab_size``)."""
         return int(getattr(self, "embedding_size", None) or self.vocab_size)
+
+
+def warn_beyond_context(config: "LLaDAConfig", positions: int) -> None:
+    """Warns of rows that are longer than the model's configuration says it was made for; rotary positions have no end."""
+    if positions > config.max_sequence_length:
+        warnings.warn(
+            f"a prompt and its longest answer reach beyond the {config.max_sequence_length} positions that "
+            "max_sequence_length in the model's config.json names: the model may not have been trained that far.",
+            stacklevel=3,
+        )
 
 
 def _own_names(fields: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:

@@ -21,12 +21,12 @@ SPECIAL = SpecialTokens(mask=11, eos=10, pad=10, eot=9)
 class RuleModel(nn.Module):
     """A model of `dllm_var`'s forward contract with a rule in place of a network; it remembers its calls."""
 
-    def __init__(self, rule: Rule, context: int = 64) -> None:
+    def __init__(self, rule: Rule) -> None:
         super().__init__()
         self.rule, self.calls = rule, []
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.config = SimpleNamespace(
-            embedding_rows=VOCABULARY, max_sequence_length=context, num_key_value_heads=1, head_dim=2, n_layers=1
+            embedding_rows=VOCABULARY, max_sequence_length=64, num_key_value_heads=1, head_dim=2, n_layers=1
         )
 
     def forward(

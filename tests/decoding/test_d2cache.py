@@ -75,7 +75,7 @@ def test_the_density_of_a_row_does_not_depend_on_the_others() -> None:
 
 def _state(draw: random.Random, rows: int = 3, length: int = 13, block: int = 4) -> DecodeState:
     """Rows in the middle of decoding: full blocks, an open one, the last token of some just decided."""
-    state = DecodeState.begin([[1] * draw.choice([0, 2, 5]) for _ in range(rows)], range(rows), 11, length, 64)
+    state = DecodeState.begin([[1] * draw.choice([0, 2, 5]) for _ in range(rows)], range(rows), 11, length)
     state.end = state.limit
     for row in range(rows):
         for _ in range(draw.randint(1, -(-length // block))):

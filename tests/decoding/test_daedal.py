@@ -327,8 +327,9 @@ def test_a_canvas_of_one_token_is_decided(rule_model: Any, says: Any, special: A
     assert (answer.raw, answer.forwards, answer.stop_reason) == ([1], 2, "length")
 
 
-def test_the_context_of_the_model_is_a_limit_too(rule_model: Any, says: Any, special: Any) -> None:
+def test_every_row_has_a_limit_of_its_own(rule_model: Any, says: Any, special: Any) -> None:
     config = GenerationConfig(**SMALL, max_gen_length=50, low_conf_expand_thres=1.0)
-    model = rule_model(says({}), context=12)
-    answers = {e.request: e.result for e in DecodeLoop(model, special, config, [[1] * 4, [1] * 8]) if e.result}
+    loop = DecodeLoop(rule_model(says({})), special, config, room=2, capacity=60)
+    loop.admit([[1] * 4, [1] * 8], [0, 1], limits=[8, 4])
+    answers = {e.request: e.result for e in loop if e.result}
     assert {number: len(answer.raw) for number, answer in answers.items() if answer} == {0: 8, 1: 4}

@@ -320,11 +320,22 @@ def test_logits_that_are_not_numbers_are_reported(rule_model: Any, special: Any)
         decode(model, special, GenerationConfig(block_length=2, max_gen_length=4), [[1]])
 
 
-def test_the_end_of_the_context_ends_an_answer(rule_model: Any, says: Any, special: Any) -> None:
-    model = rule_model(says({}, default=(1, 9.0)), context=10)
-    answers = decode(model, special, GenerationConfig(block_length=4, max_gen_length=100), [[1] * 3, [1] * 9])
-    assert [len(answer.raw) for answer in answers] == [7, 1]
+@pytest.mark.parametrize("options", [{"max_gen_length": 80}, {"method": "vanilla", "gen_length": 80}])
+def test_an_answer_may_go_beyond_the_context_of_the_model_which_is_told(
+    options: dict[str, Any], rule_model: Any, says: Any, special: Any
+) -> None:
+    model, prompts = rule_model(says({}, default=(1, 9.0))), [[1] * 3, [1] * 70]
+    with pytest.warns(UserWarning, match=r"beyond the 64 positions that max_sequence_length in .*config\.json names"):
+        answers = decode(model, special, GenerationConfig(block_length=8, **options), prompts)
+    assert [len(answer.raw) for answer in answers] == [80, 80]
     assert {answer.stop_reason for answer in answers} == {"length"}
+
+
+def test_within_the_context_nothing_is_told(
+    rule_model: Any, says: Any, special: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    decode(rule_model(says({}, default=(1, 9.0))), special, GenerationConfig(block_length=4, max_gen_length=60), [[1] * 4])
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
@@ -332,8 +343,6 @@ def test_the_end_of_the_context_ends_an_answer(rule_model: Any, says: Any, speci
     [
         ({}, [[1], [1, 12]], "prompt 1 holds the id 12.*0..11"),
         ({}, [[-1]], "prompt 0 holds the id -1"),
-        ({}, [[1] * 64], "prompt 0 has 64 tokens.*context is 64"),
-        ({"method": "vanilla", "gen_length": 60}, [[1] * 5], "with gen_length=60 it needs 65 positions.*lower gen_length"),
     ],
 )
 def test_prompts_that_the_model_cannot_take_are_refused(

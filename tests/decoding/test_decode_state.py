@@ -8,8 +8,8 @@ from dllm_var.decoding.state import DecodeState
 MASK = 11
 
 
-def _state(prompts: list[list[int]], room: int = 6, context: int = 64) -> DecodeState:
-    return DecodeState.begin(prompts, range(len(prompts)), MASK, room, context)
+def _state(prompts: list[list[int]], room: int = 6) -> DecodeState:
+    return DecodeState.begin(prompts, range(len(prompts)), MASK, room)
 
 
 def _commit(state: DecodeState, row: int, position: int, token: int) -> None:
@@ -22,10 +22,6 @@ def test_a_fresh_row_is_its_prompt_and_room_for_the_answer() -> None:
     assert state.masked.tolist()[0] == [False] * 3 + [True] * 6  # a mask id in a prompt is no masked position
     assert state.limit.tolist() == [9, 7]
     assert not bool(state.window().any())
-
-
-def test_the_context_of_the_model_bounds_every_row() -> None:
-    assert _state([[1] * 3, [1] * 8], room=6, context=10).limit.tolist() == [9, 10]
 
 
 def test_blocks_follow_each_other_and_the_last_one_may_be_short() -> None:

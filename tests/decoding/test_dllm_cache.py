@@ -134,7 +134,7 @@ def test_a_row_of_a_batch_equals_that_prompt_decoded_alone(options: dict[str, An
 def _executor(
     model: Pretrained, prompts: list[list[int]], kp: int, kr: int, rou: float
 ) -> tuple[FeatureExecutor, DecodeState]:
-    state = DecodeState.begin(prompts, range(len(prompts)), model.special.mask, 12, 64)
+    state = DecodeState.begin(prompts, range(len(prompts)), model.special.mask, 12)
     state.end = state.limit
     state.open_block(torch.ones(len(prompts), dtype=torch.bool), 12)
     proposer = Proposer.build(_config(), model.special, {})

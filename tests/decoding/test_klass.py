@@ -11,6 +11,7 @@ from dllm_var import Generation, GenerationConfig, Pretrained, generate
 from dllm_var.decoding.klass import LOG_P
 from dllm_var.decoding.loop import DecodeLoop, decode
 from dllm_var.decoding.proposal import Candidates
+from dllm_var.engine import Engine
 
 V, MASK = 12, 11
 PROMPT = [5, 5]
@@ -234,9 +235,14 @@ def test_a_row_of_a_batch_equals_that_prompt_decoded_alone(config: GenerationCon
 
 def test_rows_with_less_room_than_a_block_join_the_others(recorded64: Pretrained) -> None:
     config = GenerationConfig(block_length=32, max_gen_length=64, kl_threshold=0.05, threshold=0.4)
-    prompts = [PROMPTS[0], [97] * 505, PROMPTS[1]]  # the second one ends with the context, 7 tokens later
-    together = generate(recorded64, prompts, config)
-    alone = [generate(recorded64, [prompt], config, requests=[i])[0] for i, prompt in enumerate(prompts)]
+    configs = [config, replace(config, max_gen_length=7), config]
+    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[1]]
+    engine = Engine(recorded64, max_rows=3, max_length=128)
+    numbers = [engine.submit(prompt, own) for prompt, own in zip(prompts, configs, strict=True)]
+    answers = engine.run()
+    assert len(engine.lanes) == 1
+    together = [answers[number] for number in numbers]
+    alone = [generate(recorded64, [prompts[i]], configs[i], requests=[i])[0] for i in range(3)]
     assert [(a.raw, a.steps) for a in together] == [(a.raw, a.steps) for a in alone]
     assert len(together[1].raw) == 7
 

@@ -25,7 +25,7 @@ def _view(confidence: list[list[float]], ids: list[list[int]] | None = None, **m
     """A view of fresh rows of one block, every position a mask."""
     c = torch.tensor(confidence)
     rows, w = c.shape
-    state = DecodeState.begin([[1] * PROMPT] * rows, range(rows), 11, w, 9999)
+    state = DecodeState.begin([[1] * PROMPT] * rows, range(rows), 11, w)
     state.open_block(torch.ones(rows, dtype=torch.bool), w)
     real = torch.ones(rows, w, dtype=torch.bool)
     return StepView(

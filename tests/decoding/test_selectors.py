@@ -19,7 +19,7 @@ def _view(
 ) -> StepView:
     c = torch.tensor(confidence)
     rows, w = c.shape
-    state = DecodeState.begin([[1]] * rows, range(rows), 11, w, 64)
+    state = DecodeState.begin([[1]] * rows, range(rows), 11, w)
     state.open_block(torch.ones(rows, dtype=torch.bool), w)
     real = torch.ones(rows, w, dtype=torch.bool)
     return StepView(

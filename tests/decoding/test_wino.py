@@ -172,7 +172,7 @@ def test_a_bar_that_nothing_reaches_drafts_one_token_per_forward(recorded: Pretr
 
 def _half_decided(special: Any, kv: KVPolicy, tokens: dict[int, int]) -> tuple[DecodeState, Plan]:
     """A row of 3 + 8 positions in its second forward of the block 3 … 6, with shadows."""
-    state = DecodeState.begin([[65, 66, 67]], [0], special.mask, 8, 64)
+    state = DecodeState.begin([[65, 66, 67]], [0], special.mask, 8)
     state.end = state.limit
     state.open_block(torch.tensor([True]), 4)
     state.block_forwards = torch.tensor([1])
@@ -221,7 +221,7 @@ def _choice(
 ) -> tuple[list[int], list[int]]:
     """Columns that are drafted and taken back: first the masks with a confidence, then the decided with a second look."""
     total = len(confidence) + masks + len(second)
-    state = DecodeState.begin([[1]], [0], 11, total, 200)
+    state = DecodeState.begin([[1]], [0], 11, total)
     state.end = state.limit
     state.open_block(torch.tensor([True]), total)
     state.block_forwards = torch.tensor([1])
