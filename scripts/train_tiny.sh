@@ -20,7 +20,8 @@ tokens() { # INPUT_DIR OUTPUT_FILE
     --tokenizer_model "$run/start" --max_length 288 --num_workers "$threads" --template chat
 }
 corpus "$run/text" 1
-SAMPLES="${SAMPLES:-200000}" corpus "$run/more" 3 --turns spell word add json count word spell json table word count
+# For the masked stages: more of what is hard, word problems first.
+SAMPLES="${SAMPLES:-200000}" corpus "$run/more" 3 --turns spell word add word json count word spell json table word count
 if [[ ! -e "$run/start/config.json" ]]; then
   "$python" "$root/dataset/tiny_tokenizer.py" --text "$run/text/train/problems.jsonl" --output_dir "$run/start"
 fi
@@ -81,7 +82,7 @@ grow() { # STAGE BLOCK_LENGTHS FIRST_LOOK_SHARE LEARNING_RATE STEPS DECAY_STEPS 
 }
 grow blocks_4 '[1,2,4]' 1.0 4e-3 1000 0 training.schedule=constant "$@"
 grow blocks_16 '[4,8,16]' 0.8 3e-3 1500 0 training.schedule=constant "$@"
-grow sft '[16,32,32,32]' 0.6 3e-3 15000 14500 model.final_dtype=bf16 "$@"
+grow sft '[16,32,32,32]' 0.6 3e-3 10000 9500 model.final_dtype=bf16 "$@"
 
 "$python" "$root/scripts/eval_tiny.py" --model "$run/sft/final" --output "$run/evaluation.json"
 "$python" "$root/scripts/bundle_tiny.py" --run "$run" --output "$run/bundle"
