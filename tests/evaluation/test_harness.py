@@ -218,13 +218,16 @@ def test_what_cannot_be_done_is_said_before_anything_is_decoded(adapter: Any) ->
         lm.loglikelihood_rolling(requests(["text"], kind="loglikelihood_rolling"))
     with pytest.raises(ValueError, match="problem 0 of task some has an empty answer to rate"):
         lm.loglikelihood([pair("1 + 1 =", "")])
-    with pytest.raises(
-        ValueError, match=r"problem 1 of task some has a prompt of 505 tokens and needs 8 more, but .* is 512"
-    ):
-        lm.generate_until(requests(["fits", "x" * 505]))
-    with pytest.raises(ValueError, match="problem 0 of task some has a prompt of 510 tokens and needs 3 more"):
-        lm.loglikelihood([pair("x" * 510, "abc")])
     assert not lm.records
+
+
+def test_a_problem_beyond_the_context_is_answered_and_told(adapter: Any) -> None:
+    lm = adapter(**FIXED)
+    with pytest.warns(UserWarning, match="beyond the 512 positions"):
+        answers = lm.generate_until(requests(["fits", "x" * 505]))
+    assert len(answers) == 2
+    with pytest.warns(UserWarning, match="beyond the 512 positions"):
+        lm.loglikelihood([pair("x" * 510, "abc")])
 
 
 def test_repetitions_have_draws_of_their_own(adapter: Any) -> None:
