@@ -97,7 +97,7 @@ def beginning(run: Path) -> tuple[str, float, int]:
         )
         seconds += max(line.get("seconds", 0.0) for line in read_metrics(run / "warm_up"))
     last = settings_of(run / "sft")
-    for stage in (run / "blocks_4", run / "blocks_16"):
+    for stage in (run / "blocks_4", run / "blocks_16", run / "blocks_32"):
         if not (stage / "run.json").exists():
             continue
         facts = read_json(stage / "run.json")
@@ -134,7 +134,7 @@ def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
         parameters=facts["parameters"], prompts=evaluation["prompts_per_task"], threshold=evaluation["threshold"],
         columns=" | ".join(names), rule="---|" * len(names), table="\n".join(rows),
         tasks="\n".join(f"* `{name}`: {(make.__doc__ or '').strip()}" for name, make in TASKS.items()),
-        samples=", then ".join(corpus_of(run / name) for name in ("text", "more")),
+        samples=", then ".join(corpus_of(run / name) for name in ("text", "more", "last")),
         held_out=HELD_OUT_SHARE, commit=commit,
         steps=facts["max_steps"], tokens_per_step=facts["tokens_per_step"],
         trained=positions_before + facts["max_steps"] * facts["tokens_per_step"],
@@ -154,6 +154,7 @@ def main() -> None:
     args = parser.parse_args()
     evaluation = read_json(args.evaluation or args.run / "evaluation.json")
     commits = (args.run / "commits").read_text(encoding="utf-8").split() if (args.run / "commits").exists() else ["unknown"]
+    evaluation["model"] = "tiny"  # wherever it was trained
     shutil.copytree(args.run / "sft" / "final", args.output, dirs_exist_ok=True)
     (args.output / "README.md").write_text(card(args.run, evaluation, ", ".join(commits)), encoding="utf-8")
     (args.output / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")

@@ -22,11 +22,13 @@ tokens() { # INPUT_DIR OUTPUT_FILE
 corpus "$run/text" 1
 # For the masked stages: more of what is hard, word problems first.
 SAMPLES="${SAMPLES:-200000}" corpus "$run/more" 3 --turns spell word add word json count word spell json table word count
+SAMPLES="${SAMPLES:-120000}" corpus "$run/last" 4 --turns word count word json count word spell json word count add table
 if [[ ! -e "$run/start/config.json" ]]; then
   "$python" "$root/dataset/tiny_tokenizer.py" --text "$run/text/train/problems.jsonl" --output_dir "$run/start"
 fi
 tokens "$run/text/train" "$run/train.jsonl"
 tokens "$run/more/train" "$run/more.jsonl"
+tokens "$run/last/train" "$run/last.jsonl"
 tokens "$run/text/held_out" "$run/held_out.jsonl"
 
 mkdir -p "$run"
@@ -67,7 +69,7 @@ if [[ -n "${TRAIN_ONLY:-}" ]]; then # the studies train a masked stage of their 
   exit
 fi
 
-# Stages 2 to 4: blocks that grow. To fill in a block of one mask is to predict the next token, so the warm-up's knowledge
+# Stages 2 to 5: blocks that grow. To fill in a block of one mask is to predict the next token, so the warm-up's knowledge
 # carries over at once; then every stage has to see a little further ahead. Nearly all tokens of an answer are decided by the
 # first look at a block, when all of it is masked, so that is what is shown most.
 grow() { # STAGE BLOCK_LENGTHS FIRST_LOOK_SHARE LEARNING_RATE STEPS DECAY_STEPS [more overrides]
@@ -82,7 +84,8 @@ grow() { # STAGE BLOCK_LENGTHS FIRST_LOOK_SHARE LEARNING_RATE STEPS DECAY_STEPS 
 }
 grow blocks_4 '[1,2,4]' 1.0 4e-3 1000 0 training.schedule=constant "$@"
 grow blocks_16 '[4,8,16]' 0.8 3e-3 1500 0 training.schedule=constant "$@"
-grow sft '[16,32,32,32]' 0.6 3e-3 10000 9500 model.final_dtype=bf16 "$@"
+grow blocks_32 '[16,32,32,32]' 0.6 3e-3 10000 9500 "$@"
+grow sft '[16,32,32,32,32,32]' 0.6 1.5e-3 6000 5800 dataset.files="$run/last.jsonl" model.final_dtype=bf16 "$@"
 
 "$python" "$root/scripts/eval_tiny.py" --model "$run/sft/final" --output "$run/evaluation.json"
 "$python" "$root/scripts/bundle_tiny.py" --run "$run" --output "$run/bundle"

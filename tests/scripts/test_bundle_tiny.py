@@ -32,6 +32,7 @@ def finished_run(folder: Path) -> Path:
     for stage, steps, group, key, value in (
         ("blocks_4", 30, "forward_process", "t_min", 0.1),
         ("blocks_16", 20, "view", "block_share", 0.3),
+        ("blocks_32", 10, "view", "tail_share", 0.7),
     ):
         (folder / stage).mkdir()
         (folder / stage / "run.json").write_text(json.dumps({"max_steps": steps, "tokens_per_step": 1000}), encoding="utf-8")
@@ -40,16 +41,22 @@ def finished_run(folder: Path) -> Path:
         (folder / stage / "config.yaml").write_text(yaml.safe_dump(other), encoding="utf-8")
     score = {"exact": 0.875, "by_eos": 1.0, "right_length": 0.9, "tokens_per_forward": 5.5, "longest": 12}
     one = {"macro_exact": 0.875, "by_eos": 1.0, "tokens_per_forward": 5.5, "tasks": {"spell": score}}
-    evaluation = {"prompts_per_task": 500, "threshold": 0.9, "settings": {"block 32": one, "no cache": one}}
+    evaluation = {
+        "model": str(folder / "sft"),
+        "prompts_per_task": 500,
+        "threshold": 0.9,
+        "settings": {"block 32": one, "no cache": one},
+    }
     (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
     (folder / "warm_up").mkdir()
     (folder / "warm_up" / "run.json").write_text('{"max_steps": 1200}', encoding="utf-8")
     (folder / "warm_up" / "metrics.jsonl").write_text('{"step": 1200, "seconds": 1800}\n', encoding="utf-8")
     (folder / "text" / "train").mkdir(parents=True)
     (folder / "text" / "train" / "problems.jsonl").write_text('{"instruction": "Add 1", "input": "", "output": "3"}\n')
-    (folder / "more").mkdir()
+    for name, samples, turns in (("more", 99, ["add", "word", "word"]), ("last", 88, ["count"])):
+        (folder / name).mkdir()
+        (folder / name / "made.json").write_text(json.dumps({"samples": samples, "seed": 2, "turns": turns}))
     (folder / "text" / "made.json").write_text(json.dumps({"samples": 1234, "seed": 1, "turns": list(TASKS)}))
-    (folder / "more" / "made.json").write_text('{"samples": 99, "seed": 2, "turns": ["add", "word", "word"]}')
     (folder / "commits").write_text("abc1234\nabd5678\n", encoding="utf-8")
     return folder
 
@@ -64,13 +71,18 @@ def test_the_card_states_what_the_run_recorded_and_the_folder_opens(tmp_path: Pa
     assert (
         "30 optimizer steps of the recipe below with `forward_process.t_min: 0.1`, "
         "20 optimizer steps of the recipe below with `view.block_share: 0.3`, "
+        "10 optimizer steps of the recipe below with `view.tail_share: 0.7`, "
         "then 70 optimizer steps of 3,072" in words
     )
-    assert "(265,040 in all masked steps" in words
-    assert "1.8 hours" in words
+    assert "(275,040 in all masked steps" in words
+    assert "2.0 hours" in words
     assert "at commit abc1234, abd5678. From random weights, 1,200 steps of next-token prediction" in card
+    assert json.loads((output / "evaluation.json").read_text(encoding="utf-8"))["model"] == "tiny"
     assert json.loads((output / "token_freq.json").read_text(encoding="utf-8"))["num_token"] > 3
-    assert "1,234 samples (seed 1, the tasks in turn), then 99 samples (seed 2, in turn add, word, word), " in words
+    assert (
+        "1,234 samples (seed 1, the tasks in turn), then 99 samples (seed 2, in turn add, word, word), "
+        "then 88 samples (seed 2, in turn count), " in words
+    )
     assert "40% are shown as block decoding meets them, all blocks of a sample at once" in card.replace("\n", " ")
     assert len(json.loads((output / "examples.json").read_text(encoding="utf-8"))) == 6
     assert load_pretrained(output).model.num_parameters() == 2_828_736
