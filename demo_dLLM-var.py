@@ -18,6 +18,9 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run`: Ctrl-C ends the slow imports below without a word
+
 import torch
 from rich.console import Console
 from rich.live import Live

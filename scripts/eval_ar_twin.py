@@ -1,9 +1,8 @@
 """Why: the yardstick of the bundled model: what an autoregressive model of its shape, data and cost can do.
 
-How: train one through the entry point of everything else, for as many steps as the model it is held against:
-``TRAIN_ONLY=1 WARM_UP=0 bash scripts/train_tiny.sh RUN loss.name=next_token view.tail_share=0 view.tail_max=0
-view.block_share=0 view.every_block=false training.learning_rate=6e-3 output_dir=RUN/twin``, then
-``python scripts/eval_ar_twin.py --model RUN/twin/final``. The weights are answered with as a `transformers` Llama, greedily,
+How: ``bash scripts/study_warm_up.sh runs/tiny left_to_right`` trains one, through the entry point of everything else; then
+``python scripts/eval_ar_twin.py --model runs/tiny/warm_up_study/left_to_right/sft/final``. Any folder trained with
+``loss.name=next_token`` will do, such as ``runs/tiny/warm_up/final``. The weights are answered with as a `transformers` Llama, greedily,
 with that library's cache, on the problems of ``scripts/eval_tiny.py``.
 Prints a table and one JSON line last.
 """

@@ -25,7 +25,7 @@ recipe() { # NAME OVERRIDES...: train it from `base` with this seed, then decode
   local name="$1" out="$run/study/$steps/$1-$seed"
   shift
   if [[ ! -e "$out/final/config.json" ]]; then
-    TRAIN_ONLY=1 bash "$root/scripts/train_tiny.sh" "$run" training.max_steps="$steps" training.decay_steps=$((steps * 4 / 5)) \
+    ONE_STAGE=1 bash "$root/scripts/train_tiny.sh" "$run" training.max_steps="$steps" training.decay_steps=$((steps * 4 / 5)) \
       training.warmup_steps=$((steps / 5)) training.learning_rate=1e-3 training.save_total_limit=1 training.seed="$seed" \
       dataset.shuffle_seed="$seed" model.path="$run/$base/final" output_dir="$out" "$@"
   fi

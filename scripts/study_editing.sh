@@ -16,7 +16,7 @@ python="${PYTHON:-$root/.venv/bin/python}"
 
 for share in 0 0.1; do
   out="$run/editing/share_$share"
-  TRAIN_ONLY=1 bash "$root/scripts/train_tiny.sh" "$run" model.path="$run/sft/final" forward_process.edit_share="$share" \
+  ONE_STAGE=1 bash "$root/scripts/train_tiny.sh" "$run" model.path="$run/sft/final" forward_process.edit_share="$share" \
     training.learning_rate=2e-3 training.max_steps="$steps" training.decay_steps="$steps" training.warmup_steps=0 \
     training.seed=2 output_dir="$out"
   "$python" "$root/scripts/eval_tiny.py" --model "$out/final" --prompts 100 --settings "block 32" editing --output "$out.json"

@@ -18,7 +18,7 @@ study() { # NAME OVERRIDES...: train one variant, then measure it
     --output "$run/study/$name.json"
 }
 
-export TRAIN_ONLY=1
+export ONE_STAGE=1
 study strict view.tail_share=0 view.tail_max=0 view.block_share=0 view.every_block=false packing.attention=full
 study tails view.tail_share=0.8 view.tail_max=32 view.block_share=0 view.every_block=false packing.attention=full
 study block_views

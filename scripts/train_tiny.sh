@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Why: makes the bundled model from nothing: corpus, tokenizer, training through sft_training/sft.py.
 # How: bash scripts/train_tiny.sh [RUN_FOLDER] [hydra overrides of the masked stages …]; run it again after any stop, it goes on
-# where it was. The finished model, measured and with its card, is RUN_FOLDER/bundle.
+# where it was. The finished model, measured and with its card, is RUN_FOLDER/bundle. STAGE_STEPS="4000 1000 1500 10000 6000"
+# says how many optimizer steps each of the five stages takes, 0 leaves one out; TRAIN_ONLY=1 ends when the last one is trained.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 run="${1:-$root/runs/tiny}"
@@ -9,6 +10,9 @@ shift $(($# > 0 ? 1 : 0))
 python="${PYTHON:-$root/.venv/bin/python}"
 command -v "$python" >/dev/null || { echo "there is no $python: run bash install.sh first, or give PYTHON=…" >&2; exit 1; }
 threads="${THREADS:-$(nproc)}"
+read -r -a steps <<< "${STAGE_STEPS:-4000 1000 1500 10000 6000}"
+[[ "${steps[*]}" =~ ^([0-9]+\ ){4}[1-9][0-9]*$ ]] ||
+  { echo "STAGE_STEPS is '${STAGE_STEPS:-}': give five numbers of steps, the last above 0, such as '4000 1000 1500 10000 6000'" >&2; exit 1; }
 
 corpus() { # FOLDER SEED [more options]: make the samples, once
   [[ -e "$1/made.json" ]] && return
@@ -20,15 +24,10 @@ tokens() { # INPUT_DIR OUTPUT_FILE
     --tokenizer_model "$run/start" --max_length 288 --num_workers "$threads" --template chat
 }
 corpus "$run/text" 1
-# For the masked stages: more of what is hard, word problems first.
-SAMPLES="${SAMPLES:-200000}" corpus "$run/more" 3 --turns spell word add word json count word spell json table word count
-SAMPLES="${SAMPLES:-120000}" corpus "$run/last" 4 --turns word count word json count word spell json word count add table
 if [[ ! -e "$run/start/config.json" ]]; then
   "$python" "$root/dataset/tiny_tokenizer.py" --text "$run/text/train/problems.jsonl" --output_dir "$run/start"
 fi
 tokens "$run/text/train" "$run/train.jsonl"
-tokens "$run/more/train" "$run/more.jsonl"
-tokens "$run/last/train" "$run/last.jsonl"
 tokens "$run/text/held_out" "$run/held_out.jsonl"
 
 mkdir -p "$run"
@@ -47,13 +46,13 @@ sft() { # all stages: the same optimizer and seed
 }
 
 # Stage 1: predict the next token under a causal mask. Finding an operand in the prompt, and copying it,
-# is learnt several times sooner that way (WARM_UP=0 leaves it out).
+# is learnt several times sooner that way (scripts/study_warm_up.sh measures it).
 origin=(model=scratch model.config="$run/start")
-if [[ "${WARM_UP:-1}" == 1 ]]; then
+if ((steps[0] > 0)); then
   if [[ ! -e "$run/warm_up/final/config.json" ]]; then
     sft "${origin[@]}" loss.name=next_token view.tail_share=0 view.tail_max=0 view.block_share=0 \
       packing.max_length=288 training.local_batch_size=11 \
-      training.learning_rate=6e-3 training.max_steps=4000 training.decay_steps=600 output_dir="$run/warm_up"
+      training.learning_rate=6e-3 training.max_steps="${steps[0]}" training.decay_steps=$((steps[0] * 15 / 100)) output_dir="$run/warm_up"
   fi
   origin=(model=tiny model.path="$run/warm_up/final")
 fi
@@ -62,19 +61,26 @@ fill() { # fill in masks; most samples are shown with all their blocks at once, 
   sft view.block_share=0.85 view.every_block=true view.tail_share=0.8 view.tail_max=32 \
     forward_process.t_per=sample forward_process.t_max=1.0 "$@"
 }
-if [[ -n "${TRAIN_ONLY:-}" ]]; then # the studies train a masked stage of their own and measure for themselves
+if [[ -n "${ONE_STAGE:-}" ]]; then # the studies train a masked stage of their own and measure for themselves
   fill "${origin[@]}" packing.max_length=576 training.local_batch_size=5 'view.block_lengths=[8,16,32]' \
     forward_process.t_min=0.1 training.learning_rate=2e-3 training.max_steps=10000 training.decay_steps=7000 \
     output_dir="$run/masked" "$@"
   exit
 fi
 
+# For the stages below: more of what is hard, word problems first.
+SAMPLES="${SAMPLES:-200000}" corpus "$run/more" 3 --turns spell word add word json count word spell json table word count
+SAMPLES="${SAMPLES:-120000}" corpus "$run/last" 4 --turns word count word json count word spell json word count add table
+tokens "$run/more/train" "$run/more.jsonl"
+tokens "$run/last/train" "$run/last.jsonl"
+
 # Stages 2 to 5: blocks that grow. To fill in a block of one mask is to predict the next token, so the warm-up's knowledge
 # carries over at once; then every stage has to see a little further ahead. Nearly all tokens of an answer are decided by the
 # first look at a block, when all of it is masked, so that is what is shown most.
-grow() { # STAGE BLOCK_LENGTHS FIRST_LOOK_SHARE LEARNING_RATE STEPS DECAY_STEPS [more overrides]
-  local stage="$1" blocks="$2" first="$3" rate="$4" steps="$5" decay="$6"
+grow() { # STAGE STEPS DECAY_STEPS BLOCK_LENGTHS FIRST_LOOK_SHARE LEARNING_RATE [more overrides]
+  local stage="$1" steps="$2" decay="$3" blocks="$4" first="$5" rate="$6"
   shift 6
+  ((steps > 0)) || return 0
   if [[ ! -e "$run/$stage/final/config.json" ]]; then
     fill "${origin[@]}" packing.max_length=384 training.local_batch_size=8 dataset.files="$run/more.jsonl" \
       forward_process.t_min=0.2 view.block_lengths="$blocks" view.first_look_share="$first" \
@@ -82,10 +88,12 @@ grow() { # STAGE BLOCK_LENGTHS FIRST_LOOK_SHARE LEARNING_RATE STEPS DECAY_STEPS 
   fi
   origin=(model=tiny model.path="$run/$stage/final")
 }
-grow blocks_4 '[1,2,4]' 1.0 4e-3 1000 0 training.schedule=constant "$@"
-grow blocks_16 '[4,8,16]' 0.8 3e-3 1500 0 training.schedule=constant "$@"
-grow blocks_32 '[16,32,32,32]' 0.6 3e-3 10000 9500 "$@"
-grow sft '[16,32,32,32,32,32]' 0.6 1.5e-3 6000 5800 dataset.files="$run/last.jsonl" model.final_dtype=bf16 "$@"
+grow blocks_4 "${steps[1]}" 0 '[1,2,4]' 1.0 4e-3 training.schedule=constant "$@"
+grow blocks_16 "${steps[2]}" 0 '[4,8,16]' 0.8 3e-3 training.schedule=constant "$@"
+grow blocks_32 "${steps[3]}" $((steps[3] - 500)) '[16,32,32,32]' 0.6 3e-3 "$@"
+grow sft "${steps[4]}" $((steps[4] - 200)) '[16,32,32,32,32,32]' 0.6 1.5e-3 \
+  dataset.files="$run/last.jsonl" model.final_dtype=bf16 "$@"
+[[ -z "${TRAIN_ONLY:-}" ]] || exit 0
 
 "$python" "$root/scripts/eval_tiny.py" --model "$run/sft/final" --output "$run/evaluation.json"
 "$python" "$root/scripts/bundle_tiny.py" --run "$run" --output "$run/bundle"

@@ -239,6 +239,18 @@ def test_ctrl_c_in_the_middle_of_an_answer_ends_without_a_traceback(chat_folder:
     assert "Traceback" not in terminal.seen
 
 
+def test_ctrl_c_while_the_demo_is_still_importing_ends_without_a_traceback() -> None:
+    command = [sys.executable, "-X", "importtime", str(DEMO), "--prompt", "rep xy 3", "--plain"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=DEMO.parent) as demo:
+        assert demo.stderr is not None
+        while "torch." not in (line := demo.stderr.readline()):
+            assert line, "it ended before it imported torch"
+        demo.send_signal(signal.SIGINT)
+        rest = demo.stderr.read()
+    assert demo.returncode == -signal.SIGINT  # a shell shows 130
+    assert "Traceback" not in rest
+
+
 SWALLOWING = """
 import importlib.util, os, signal, sys
 

@@ -28,6 +28,7 @@ def finished_run(folder: Path) -> Path:
         "view": {"block_share": 0.4, "tail_share": 0.8, "every_block": True, "tail_eos": True},
     }
     settings |= {"forward_process": {"t_min": 0.6, "t_max": 1.0}, "loss": {}, "training": {}}
+    settings["dataset"] = {"files": f"{folder}/last.jsonl"}
     (folder / "sft" / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     for stage, steps, group, key, value in (
         ("blocks_4", 30, "forward_process", "t_min", 0.1),
@@ -37,7 +38,7 @@ def finished_run(folder: Path) -> Path:
         (folder / stage).mkdir()
         (folder / stage / "run.json").write_text(json.dumps({"max_steps": steps, "tokens_per_step": 1000}), encoding="utf-8")
         (folder / stage / "metrics.jsonl").write_text(f'{{"step": {steps}, "seconds": 600}}\n', encoding="utf-8")
-        other = settings | {group: settings[group] | {key: value}}
+        other = settings | {group: settings[group] | {key: value}} | {"dataset": {"files": f"{folder}/more.jsonl"}}
         (folder / stage / "config.yaml").write_text(yaml.safe_dump(other), encoding="utf-8")
     score = {"exact": 0.875, "by_eos": 1.0, "right_length": 0.9, "tokens_per_forward": 5.5, "longest": 12}
     one = {"macro_exact": 0.875, "by_eos": 1.0, "tokens_per_forward": 5.5, "tasks": {"spell": score}}
@@ -50,6 +51,7 @@ def finished_run(folder: Path) -> Path:
     (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
     (folder / "warm_up").mkdir()
     (folder / "warm_up" / "run.json").write_text('{"max_steps": 1200}', encoding="utf-8")
+    (folder / "warm_up" / "config.yaml").write_text(yaml.safe_dump({"dataset": {"files": f"{folder}/train.jsonl"}}))
     (folder / "warm_up" / "metrics.jsonl").write_text('{"step": 1200, "seconds": 1800}\n', encoding="utf-8")
     (folder / "text" / "train").mkdir(parents=True)
     (folder / "text" / "train" / "problems.jsonl").write_text('{"instruction": "Add 1", "input": "", "output": "3"}\n')
@@ -80,8 +82,8 @@ def test_the_card_states_what_the_run_recorded_and_the_folder_opens(tmp_path: Pa
     assert json.loads((output / "evaluation.json").read_text(encoding="utf-8"))["model"] == "tiny"
     assert json.loads((output / "token_freq.json").read_text(encoding="utf-8"))["num_token"] > 3
     assert (
-        "1,234 samples (seed 1, the tasks in turn), then 99 samples (seed 2, in turn add, word, word), "
-        "then 88 samples (seed 2, in turn count), " in words
+        "1,234 samples for stage 1 (seed 1, the tasks in turn), then 99 samples for stages 2, 3 and 4 (seed 2, in turn add, "
+        "word, word), then 88 samples for stage 5 (seed 2, in turn count), " in words
     )
     assert "40% are shown as block decoding meets them, all blocks of a sample at once" in card.replace("\n", " ")
     assert len(json.loads((output / "examples.json").read_text(encoding="utf-8"))) == 6

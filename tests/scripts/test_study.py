@@ -42,17 +42,26 @@ def report(script: Any) -> ModuleType:
     return module
 
 
-def study(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
-    """Run the script with a stand-in for Python; what it said, and every call."""
+def study(
+    tmp_path: Path, *arguments: str, script: str = "study.sh", **environment: str
+) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """Run a script with a stand-in for Python; what it said, and every call."""
     run, log, stand_in = tmp_path / "run", tmp_path / "calls", tmp_path / "python"
-    for done in ("text/made.json", "start/config.json", "warm_up/final/config.json", "sft/final/config.json"):
+    for done in (
+        "text/made.json",
+        "more/made.json",
+        "last/made.json",
+        "start/config.json",
+        "warm_up/final/config.json",
+        "sft/final/config.json",
+    ):
         (run / done).parent.mkdir(parents=True, exist_ok=True)
         (run / done).touch()
     stand_in.write_text(STAND_IN.format(python=sys.executable, log=str(log)), encoding="utf-8")
     stand_in.chmod(0o755)
     log.unlink(missing_ok=True)
     ran = subprocess.run(
-        ["bash", ROOT / "scripts/study.sh", run],
+        ["bash", ROOT / "scripts" / script, run, *arguments],
         env=os.environ | {"PYTHON": str(stand_in), "STEPS": "30", "SEEDS": "1 2"} | environment,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -104,6 +113,57 @@ def test_without_a_finished_run_the_editing_study_says_what_to_run_first_and_mak
     assert ran.returncode == 1
     assert "run bash scripts/train_tiny.sh" in ran.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_warm_up_is_compared_with_as_many_steps_from_random_weights_and_without_masks(tmp_path: Path) -> None:
+    ran, calls = study(tmp_path, script="study_warm_up.sh")
+    assert ran.returncode == 0, ran.stderr
+    trained = [compose_settings(call[1:]) for call in calls if call[0].endswith("sft.py")]
+    arms: dict[str, list[Any]] = {}
+    for config in trained:
+        arms.setdefault(Path(config.output_dir).parent.name, []).append(config)
+    steps = {arm: [config.training.max_steps for config in configs] for arm, configs in arms.items()}
+    assert steps == {"recipe": [350, 500, 1700, 950], "masked_only": [750, 1070, 3640, 2040], "left_to_right": [2550, 950]}
+    assert {arm: sum(stages) for arm, stages in steps.items()} == {
+        "recipe": 3500,
+        "masked_only": 7500,
+        "left_to_right": 3500,
+    }
+    assert all(config.training.local_batch_size * config.packing.max_length == 3072 for config in trained)
+    study_folder = tmp_path / "run" / "warm_up_study"
+    first = {arm: configs[0].model for arm, configs in arms.items()}
+    assert first["masked_only"].from_scratch
+    assert first["recipe"].path == str(study_folder / "recipe" / "warm_up" / "final")
+    assert first["left_to_right"].path == str(study_folder / "left_to_right" / "warm_up" / "final")
+    objectives = {arm: {config.loss.name for config in configs} for arm, configs in arms.items()}
+    assert objectives == {"recipe": {"plain_mean"}, "masked_only": {"plain_mean"}, "left_to_right": {"next_token"}}
+    measured = [call for call in calls if Path(call[0]).name.startswith("eval_")]
+    assert [Path(call[0]).name for call in measured] == ["eval_tiny.py", "eval_tiny.py", "eval_ar_twin.py"]
+    assert [call[call.index("--model") + 1] for call in measured] == [f"{study_folder / arm}/sft/final" for arm in arms]
+
+
+def test_an_unknown_arm_of_the_warm_up_study_is_named_and_nothing_is_trained(tmp_path: Path) -> None:
+    ran, calls = study(tmp_path, "masked", script="study_warm_up.sh")
+    assert ran.returncode == 1
+    assert ran.stderr == "there is no arm masked: recipe, masked_only or left_to_right\n"
+    assert not calls
+
+
+@pytest.mark.parametrize("steps", ["100", "1 2 3 4 0", "1 2 3 4 5 6", "1 2 3 4 x", "1 2 3 -4 5"])
+def test_stage_steps_that_are_no_five_numbers_are_refused_before_anything_is_made(tmp_path: Path, steps: str) -> None:
+    ran, calls = study(tmp_path, script="train_tiny.sh", STAGE_STEPS=steps)
+    assert ran.returncode == 1
+    assert f"STAGE_STEPS is '{steps}'" in ran.stderr
+    assert not calls
+
+
+def test_a_stage_of_no_steps_is_left_out_and_the_next_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    (tmp_path / "run" / "sft").mkdir(parents=True)
+    ran, calls = study(tmp_path, script="train_tiny.sh", STAGE_STEPS="40 0 20 0 10", TRAIN_ONLY="1")
+    assert ran.returncode == 0, ran.stderr
+    (trained,) = [compose_settings(call[1:]) for call in calls if call[0].endswith("sft.py")]
+    assert trained.model.path == str(tmp_path / "run" / "warm_up" / "final")
+    assert (trained.training.max_steps, trained.training.decay_steps) == (20, 0)
 
 
 def test_every_way_of_decoding_answers_every_task(measure: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
