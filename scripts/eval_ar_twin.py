@@ -2,8 +2,8 @@
 
 How: ``bash scripts/study_warm_up.sh runs/tiny left_to_right`` trains one, through the entry point of everything else; then
 ``python scripts/eval_ar_twin.py --model runs/tiny/warm_up_study/left_to_right/sft/final``. Any folder trained with
-``loss.name=next_token`` will do, such as ``runs/tiny/warm_up/final``. The weights are answered with as a `transformers` Llama, greedily,
-with that library's cache, on the problems of ``scripts/eval_tiny.py``.
+``loss.name=next_token`` will do, such as ``runs/tiny/warm_up/final``. The weights are answered with as a `transformers`
+Llama, greedily, with that library's cache, on the problems of ``scripts/eval_tiny.py``.
 Prints a table and one JSON line last.
 """
 

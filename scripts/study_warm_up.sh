@@ -5,7 +5,8 @@
 # `recipe` (4,000 steps left to right, 3,500 with masks in growing blocks), `masked_only` (7,500 with masks in growing blocks, in the
 # same proportions) or `left_to_right` (7,500 without masks; answered as an autoregressive model); default all of them. About an
 # hour and three quarters on two cores with one arm on each (THREADS=1), and it goes on after any stop.
-# RUN_FOLDER/warm_up_study/ARM/evaluation.json has the figures of scripts/eval_tiny.py or, for the last, scripts/eval_ar_twin.py.
+# Results: one JSON line each, of scripts/eval_tiny.py or, for the last, scripts/eval_ar_twin.py (evaluation/results/warm_up.jsonl
+# has those of one run).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 run="${1:-$root/runs/tiny}"
@@ -19,12 +20,12 @@ run="$(cd "$run" && pwd)"
 for arm in $arms; do
   shared=(text more last start train.jsonl more.jsonl last.jsonl held_out.jsonl)
   overrides=()
-  measure=eval_tiny
+  measure=(eval_tiny.py --settings "block 32" "block 16")
   case "$arm" in
     recipe) stage_steps="4000 350 500 1700 950" shared+=(warm_up) ;;
     masked_only) stage_steps="0 750 1070 3640 2040" ;;
     left_to_right)
-      stage_steps="4000 0 0 2550 950" shared+=(warm_up) measure=eval_ar_twin
+      stage_steps="4000 0 0 2550 950" shared+=(warm_up) measure=(eval_ar_twin.py)
       overrides=(loss.name=next_token view.tail_share=0 view.tail_max=0 view.block_share=0 view.every_block=false
         view.first_look_share=0) ;;
     *) echo "there is no arm $arm: recipe, masked_only or left_to_right" >&2; exit 1 ;;
@@ -37,5 +38,6 @@ for arm in $arms; do
   done
   STAGE_STEPS="$stage_steps" TRAIN_ONLY=1 bash "$root/scripts/train_tiny.sh" "$out" "${overrides[@]}"
   [[ -e "$out/evaluation.json" ]] ||
-    "$python" "$root/scripts/$measure.py" --model "$out/sft/final" --output "$out/evaluation.json"
+    "$python" "$root/scripts/${measure[0]}" "${measure[@]:1}" --model "$out/sft/final" --output "$out/evaluation.json"
 done
+tail -qn 1 "$run"/warm_up_study/*/evaluation.json

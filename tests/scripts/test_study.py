@@ -27,6 +27,8 @@ if folders:  # the last one counts
     final = pathlib.Path(folders[-1]) / "final"
     final.mkdir(parents=True)
     (final / "config.json").write_text("{{}}")
+if "--output" in given:
+    pathlib.Path(given[given.index("--output") + 1]).write_text("{{}}\\n")
 """
 
 
@@ -140,6 +142,7 @@ def test_the_warm_up_is_compared_with_as_many_steps_from_random_weights_and_with
     measured = [call for call in calls if Path(call[0]).name.startswith("eval_")]
     assert [Path(call[0]).name for call in measured] == ["eval_tiny.py", "eval_tiny.py", "eval_ar_twin.py"]
     assert [call[call.index("--model") + 1] for call in measured] == [f"{study_folder / arm}/sft/final" for arm in arms]
+    assert ran.stdout.endswith("{}\n" * 3)
 
 
 def test_an_unknown_arm_of_the_warm_up_study_is_named_and_nothing_is_trained(tmp_path: Path) -> None:
