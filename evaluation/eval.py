@@ -28,6 +28,7 @@ from dllm_var.model.adapter import WEIGHTS_FILE
 from dllm_var.model.checkpoint import weights_hash
 from dllm_var.model.shards import file_hash
 from dllm_var.pretrained import resolve_folder
+from evaluation import task_files
 from evaluation.settings import DTYPES, EvalConfig, check_model, compose_settings, for_hydra, typed
 from evaluation.team import Team, device, launcher_warning, part
 
@@ -36,7 +37,10 @@ SAMPLES_FILE = "samples.jsonl"
 READ_WITH_WEIGHTS = ("config.json", "tokenizer.json", "tokenizer_config.json", "token_freq.json", "adapter_config.json")
 LIBRARIES = ("lm_eval", "torch", "transformers", "tokenizers")
 DECIDES = ("model_sha256", "adapter_sha256", "model_files", "dtype", "device_type", "versions", "code_sha256")
-MODEL_FACTS = {"model_sha256": "the weights", "adapter_sha256": "the adapter", "model_files": "tokenizer or config"}
+INPUTS = {
+    "model_sha256": "the weights", "adapter_sha256": "the adapter", "model_files": "tokenizer or config",
+    "data_files": "the problems", "code_sha256": "the code of dllm_var", "versions": "the libraries",
+}  # fmt: skip
 ONLY_SPEED = ("batch_size", "output_dir")  # settings that do not decide over a result
 
 
@@ -47,8 +51,8 @@ def open_model(config: EvalConfig, at: torch.device) -> Pretrained:
     return load_pretrained(given[0], DTYPES[section.dtype], at, base=given[1])
 
 
-def model_facts(config: EvalConfig, folder: Path) -> dict[str, Any]:
-    """Hashes of everything of the model that an answer depends on; reads all weights once."""
+def inputs(config: EvalConfig, folder: Path) -> dict[str, Any]:
+    """What a result depends on beside the settings, as hashes: model, problems and code; reads all weights once."""
     section = config.model
     adapter = None if section.adapter is None else resolve_folder(section.adapter)
     own = resolve_folder(section.path)
@@ -57,12 +61,16 @@ def model_facts(config: EvalConfig, folder: Path) -> dict[str, Any]:
     files = [place / name for place in (folder, adapter) if place is not None for name in READ_WITH_WEIGHTS]
     if "frequency_file" in config.generation and config.generation["frequency_file"] is not None:
         files.append(Path(config.generation["frequency_file"]))
+    data = [] if config.data_folder is None else task_files.files_of(config.dataset.name, config.data_folder).values()
     return {
         "model": section.path,
         "model_sha256": weights_hash(folder),
         "adapter": section.adapter,
         "adapter_sha256": None if adapter is None else file_hash(adapter / WEIGHTS_FILE),
         "model_files": {f"{file.parent.name}/{file.name}": file_hash(file) for file in files if file.is_file()},
+        "data_files": {file.name: file_hash(file) for file in data},
+        "versions": {name: version(name) for name in LIBRARIES},
+        "code_sha256": code_hash(),
     }
 
 
@@ -76,8 +84,6 @@ def environment(model: Pretrained, team: Team) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "world_size": team.size,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in LIBRARIES},
-        "code_sha256": code_hash(),
     }
 
 
@@ -90,8 +96,8 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
-def is_complete(folder: Path, config: EvalConfig, model: dict[str, Any]) -> bool:
-    """Whether the results of just these settings and this model (its `model_facts`) are in this folder already.
+def is_complete(folder: Path, config: EvalConfig, given: dict[str, Any]) -> bool:
+    """Whether the results of just these settings and `inputs` are in this folder already.
 
     Raises:
         ValueError: the results of others are.
@@ -103,8 +109,8 @@ def is_complete(folder: Path, config: EvalConfig, model: dict[str, Any]) -> bool
     facts, settings = report.read(folder)["facts"], asdict(config)
     before = facts.get("settings", {})
     other = [name for name, value in settings.items() if name not in ONLY_SPEED and before.get(name) != value]
-    for name, words in MODEL_FACTS.items():
-        if facts.get(name) != model[name]:
+    for name, words in INPUTS.items():
+        if facts.get(name) != given[name]:
             other.append(words)
     if other:
         raise ValueError(f"output_dir={folder} holds results of other settings ({', '.join(other)}): give another folder.")
@@ -131,7 +137,7 @@ def lead(config: EvalConfig, team: Team) -> None:
     """
     started, folder = time.time(), Path(config.output_dir)
     weights = check_model(config.model)
-    facts = model_facts(config, weights)
+    facts = inputs(config, weights)
     if is_complete(folder, config, facts):
         print(f"eval.py: {folder} is complete: nothing to do", file=sys.stderr)
         return
@@ -140,7 +146,7 @@ def lead(config: EvalConfig, team: Team) -> None:
     np.random.seed(config.seed)  # noqa: NPY002 (the harness draws from the global generators)
     from lm_eval import evaluate  # seconds to import, and every mistake above was told by now
 
-    from evaluation import report, task_files
+    from evaluation import report
     from evaluation.harness import DiffusionLM
     from evaluation.store import Answer, ResponseStore, merge
 

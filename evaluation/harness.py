@@ -116,7 +116,7 @@ class Worker:
                     task=question.task, doc_id=question.doc_id, request=question.request, prompt_length=len(question.ids),
                     text=until_stop(decode_text(self._model.tokenizer, tokens), question.until), tokens=tokens,
                     raw_length=len(answer.raw), stop_reason="length" if cut else answer.stop_reason,
-                    forwards=answer.forwards, positions=answer.positions, decided=answer.decided,
+                    forwards=answer.forwards, positions=answer.positions, decided=len(tokens) if cut else answer.decided,
                     seconds=latency / len(batch), latency=latency,
                 )
             )  # fmt: skip

@@ -42,11 +42,19 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
                 {
                     "task": task, "metric": metric, "filter": chosen, "value": value,
                     "standard_error": error if isinstance(error, int | float) else None,
-                    "n": results.get("n-samples", {}).get(task, {}).get("effective"),
+                    "n": asked(results, task),
                     "shots": results.get("n-shot", {}).get(task), "version": results.get("versions", {}).get(task),
                 }
             )  # fmt: skip
     return made
+
+
+def asked(results: dict[str, Any], task: str) -> int | None:
+    """How many problems a task had, or those of a group all together."""
+    if task in results.get("n-samples", {}):
+        return int(results["n-samples"][task]["effective"])
+    members = [asked(results, member) for member in results.get("group_subtasks", {}).get(task, [])]
+    return sum(n for n in members if n is not None) or None
 
 
 def computation(answers: Sequence[Answer]) -> dict[str, Any]:

@@ -88,8 +88,8 @@ def run(
         names: what the tests take from the program; a name that it does not define is a failure. All other names in the
             tests are their own, those of `prelude`, or Python's: a program cannot redefine them.
         prelude: trusted Python source that runs before the tests, in their namespace.
-        timeout: seconds of processor time of the program, rounded up, so that a verdict does not depend on how busy the
-            machine is; in wall-clock time it has five times as much. The tests have as much again.
+        timeout: seconds of processor time of the program, rounded up, so that other programs on
+            the machine seldom decide; in wall-clock time it has five times as much. The tests have as much again.
         memory_mb: address space of each of the two processes, in MiB.
 
     Raises:

@@ -180,6 +180,15 @@ def read(name: str, path: Path) -> dict[str, list[Row]]:
     Raises:
         ValueError: files that are missing or wrong, with file, line and column.
     """
+    return {key: _rows(name, file) for key, file in files_of(name, path).items()}
+
+
+def files_of(name: str, path: Path) -> dict[str, Path]:
+    """A task's local files: by split, or by subtask where each has a file of its own.
+
+    Raises:
+        ValueError: there is no such folder, or it lacks a file.
+    """
     facts = TASK_NAMES[name]
     if not facts.files:
         raise ValueError(f"dataset.path={path}: the problems of {name} are made here, leave dataset.path out.")
@@ -192,7 +201,7 @@ def read(name: str, path: Path) -> dict[str, list[Row]]:
     absent = [str(file) for file in files.values() if not file.is_file()]
     if absent or not files:
         raise ValueError(f"dataset.path={path}: {' and '.join(absent) or 'any file'} of {name} is missing. {_instead(name)}")
-    return {key: _rows(name, file) for key, file in files.items()}
+    return files
 
 
 def subtasks(name: str) -> list[str]:

@@ -1,7 +1,7 @@
 """What EOS-masked training on packed rows costs, against the other ways of training a masked diffusion model.
 
-Why: the recipe of dLLM-Var (arXiv 2510.24605) is cheap for three reasons that are often only claimed: rows hold no padding,
-a token is computed once (block diffusion, arXiv 2503.09573, computes a noisy and a clean copy), and the head runs on masked
+Why: the recipe of dLLM-Var (arXiv 2510.24605) is said to be cheap for three reasons: rows hold no padding, a token is
+computed once (block diffusion, arXiv 2503.09573, computes a noisy and a clean copy), and the head runs on masked
 positions only. Every arm trains on the same samples; costs are per trained token, a token of a response.
 
 How: ``python scripts/benchmark_training.py`` (``--rounds 7 --length 1024 --output FILE``): about ten minutes. Exact columns

@@ -4,7 +4,7 @@
 # How: bash scripts/study_editing.sh [RUN_FOLDER], after scripts/train_tiny.sh has finished that run. Goes on training its model
 # for STEPS steps (default 800) twice, with a tenth of the visible tokens checked and with none, and measures both with and
 # without editing on 100 held-out problems a task. Results: one JSON line each.
-# Found on the bundled model (evaluation/results/editing.jsonl): trained for it, editing lifts exact match from .70 to .80 for 1.7
+# Found on an earlier bundled model (evaluation/results/editing.jsonl): trained for it, editing lifts exact match from .70 to .80 for 1.7
 # times the forwards; not trained for it, it lowers .67 to .65. Counting suffers from editing either way.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -18,7 +18,7 @@ command -v "$python" >/dev/null || { echo "there is no $python: run bash install
 run="$(cd "$run" && pwd)"
 
 for arm in $arms; do
-  shared=(text more last start train.jsonl more.jsonl last.jsonl held_out.jsonl)
+  shared=(text more last start train.jsonl more.jsonl last.jsonl)
   overrides=()
   measure=(eval_tiny.py --settings "block 32" "block 16")
   case "$arm" in

@@ -28,7 +28,6 @@ if [[ ! -e "$run/start/config.json" ]]; then
   "$python" "$root/dataset/tiny_tokenizer.py" --text "$run/text/train/problems.jsonl" --output_dir "$run/start"
 fi
 tokens "$run/text/train" "$run/train.jsonl"
-tokens "$run/text/held_out" "$run/held_out.jsonl"
 
 mkdir -p "$run"
 commit="$(git -C "$root" describe --always --dirty 2>/dev/null || echo unknown)" # the code of every start, for the model card

@@ -134,10 +134,11 @@ class Validator(TrainerCallback):
     def stopping(self) -> Metrics:
         """Is the end seen where it is, and only there, with only masks to the right?
 
-        `eos_recall_d<D>`: the whole answer is visible and D masks follow the place of its end; is a stop token the likeliest
-        there? `eos_false_stop`: the answer is cut at a random place and a block of masks follows; is a stop token the
-        likeliest at the first of them? `eos_precision` compares both at distance block_length. With `_at_<A>-<B>` the same
-        of only those ends and cuts that lie A…B tokens into the answer.
+        `eos_recall_d<D>`: the whole answer is visible and D masks follow the place of its end; is a stop token the
+        likeliest there? `eos_false_stop`: the answer is cut at a random place and a block of masks follows; is a stop
+        token the likeliest at the first of them? `eos_precision` compares the ends at distance block_length with these
+        cuts, where block_length - 1 masks follow the place asked about. With `_at_<A>-<B>` the same of only those ends
+        and cuts that lie A…B tokens into the answer.
         """
         block = self.section.block_length
         metrics: Metrics = {}

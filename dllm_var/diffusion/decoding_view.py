@@ -1,8 +1,8 @@
 """What a training sample has around it, so that training looks like decoding: our departure from the published recipe.
 
 In strictly packed rows almost every EOS stands directly before the visible prompt of the next sample. Under full
-attention the model then learns to look right for the end of an answer, and at decoding, where only masks follow, it
-never stops. Cures, applied sample by sample before packing (`dllm_var.diffusion.packing`):
+attention the model can learn to look right for the end of an answer, but at decoding only masks follow. Cures, applied
+sample by sample before packing (`dllm_var.diffusion.packing`):
 
 * a *tail*: some unlabelled masks after the EOS;
 * a *block view*: the sample as block decoding meets it. The response is visible up to the start of a block, the block

@@ -73,6 +73,7 @@ def test_a_report_holds_what_is_needed_to_believe_it(alone: Path) -> None:
     found = report.read(alone / "suite")
     facts = found["facts"]
     assert [row["n"] for row in found["rows"] if row["task"] != "tiny"] == [1] * 6
+    assert [row["n"] for row in found["rows"] if row["task"] == "tiny"] == [6]
     assert {"tiny", "tiny_spell", "tiny_count"} <= {row["task"] for row in found["rows"]}
     assert (facts["model"], facts["chat_template"], facts["world_size"], facts["dtype"]) == ("tiny", True, 1, "float32")
     assert (facts["generation"]["method"], facts["generation"]["cache"]) == ("dllm_var", "block_commit")
@@ -151,12 +152,27 @@ def test_a_complete_folder_is_left_alone_and_other_settings_are_refused(
         evaluate(alone / "suite", *SUITE, "limit=2")
     with pytest.raises(ValueError, match=r"other settings \(generation, seed\)"):
         evaluate(alone / "suite", *SUITE, "seed=1")
-    for name, words in entry.MODEL_FACTS.items():  # as after training the model, or an adapter on it, once more
-        facts = entry.model_facts
+    for name, words in entry.INPUTS.items():  # as after training the model, or an adapter on it, once more
+        inputs = entry.inputs
         with monkeypatch.context() as patch:
-            patch.setattr(entry, "model_facts", lambda *given, name=name, facts=facts: {**facts(*given), name: "another"})
+            patch.setattr(entry, "inputs", lambda *given, name=name, inputs=inputs: {**inputs(*given), name: "another"})
             with pytest.raises(ValueError, match=rf"other settings \({words}\)"):
                 evaluate(alone / "suite", *SUITE)
+
+
+def test_a_complete_folder_is_not_taken_for_the_result_of_other_problems(
+    alone: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entry, "load_pretrained", None)
+    file = next(data.rglob("test.jsonl"))
+    before = file.read_text(encoding="utf-8")
+    try:
+        evaluate(alone / "gsm8k", *gsm8k(data))
+        file.write_text(before.replace("####", "It is ####"), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"other settings \(the problems\): give another folder"):
+            evaluate(alone / "gsm8k", *gsm8k(data))
+    finally:
+        file.write_text(before, encoding="utf-8")
 
 
 def test_answers_of_other_code_or_weights_are_not_used(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

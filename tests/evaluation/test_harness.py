@@ -132,7 +132,7 @@ def test_no_answer_is_longer_than_its_task_allows(adapter: Any) -> None:
     for record in blocks.records.values():
         assert (len(record.tokens), record.raw_length, record.stop_reason) == (3, 3, "length")
     for record in fixed.records.values():
-        assert (len(record.tokens), record.raw_length, record.stop_reason) == (3, 8, "length")
+        assert (len(record.tokens), record.decided, record.raw_length, record.stop_reason) == (3, 3, 8, "length")
     wide = adapter()
     assert wide.generate_until(requests(PROMPTS, {"max_gen_toks": 12})) == adapter().generate_until(requests(PROMPTS))
     assert {len(record.tokens) for record in wide.records.values()} == {12}

@@ -36,6 +36,15 @@ def test_there_is_a_row_for_every_filter_with_its_error_shots_and_version() -> N
     assert (flexible["filter"], flexible["value"], flexible["standard_error"]) == ("flexible-extract", 0.75, None)
 
 
+def test_a_group_has_as_many_problems_as_its_members_and_theirs() -> None:
+    found = {
+        "results": {name: {"acc,none": 0.5} for name in ("all", "one", "two", "empty")},
+        "n-samples": {name: {"original": 100, "effective": n} for name, n in (("one", 2), ("three", 3), ("four", 4))},
+        "group_subtasks": {"all": ["one", "two"], "two": ["three", "four"], "empty": []},
+    }
+    assert {row["task"]: row["n"] for row in rows(found)} == {"all": 9, "one": 2, "two": 7, "empty": None}
+
+
 def test_ratios_are_a_sum_over_a_sum() -> None:
     figures = computation([_answer(), _answer(decided=2, forwards=1, seconds=0.1)])
     assert figures["tokens_per_forward"] == 12 / 5  # the mean of ratios would be 2.25
@@ -57,7 +66,7 @@ def test_tokens_end_with_the_first_stop_token_and_the_rest_of_the_block_is_waste
 
 def test_prompts_are_not_counted_as_output() -> None:
     short, long = (computation([_answer(prompt_length=n)]) for n in (1, 1000))
-    assert short["prompt_tokens"], long["prompt_tokens"] == (1, 1000)
+    assert (short["prompt_tokens"], long["prompt_tokens"]) == (1, 1000)
     assert {**short, "prompt_tokens": 0} == {**long, "prompt_tokens": 0}
 
 

@@ -17,7 +17,7 @@ from dllm_var.diffusion.packing import Row
 from dllm_var.model.checkpoint import load_model
 from dllm_var.text.chat import decode_text
 from dllm_var.text.special_tokens import resolve
-from sft_training import checkpoints
+from sft_training import checkpoints, sft
 from sft_training.build import build_model, build_stream
 from sft_training.checkpoints import MANIFEST_FILE, POSITION_FILE, newest_checkpoint
 from sft_training.config import SftConfig
@@ -279,6 +279,19 @@ def test_recomputing_blocks_in_the_backward_changes_no_loss(settings: Settings, 
     train(plain)
     train(saving)
     assert metrics(plain) == pytest.approx(metrics(saving), abs=1e-6)
+
+
+def test_threads_compilation_recomputing_and_clipping_reach_what_they_are_for(
+    settings: Settings, write_samples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[dict[str, Any]] = []
+    threads: list[int] = []
+    monkeypatch.setattr(sft, "compile_network", lambda _model, **how: compiled.append(how))
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    options = ("gradient_checkpointing=true", "compile=true", "threads=3", "max_grad_norm=0.25")
+    trainer, _ = prepare(settings(write_samples(LENGTHS), *(f"training.{option}" for option in options)))
+    assert (compiled, threads, trainer.args.max_grad_norm) == ([{"dynamic": False}], [3], 0.25)
+    assert trainer.model.model.gradient_checkpointing
 
 
 def test_bf16_autocast_keeps_float32_weights_and_nearly_the_same_loss(settings: Settings, write_samples: Any) -> None:
