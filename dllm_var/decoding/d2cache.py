@@ -45,7 +45,9 @@ class D2Cache(KVPolicy):
     def plan(self, state: DecodeState) -> Plan:
         column = torch.arange(state.tokens.shape[1])
         canvas = column < state.end[:, None]
-        active = self._choose(state, canvas) if IMPORTANCE in state.notes else canvas
+        active = canvas
+        if IMPORTANCE in state.notes:
+            active = torch.where((state.forwards > 0)[:, None], self._choose(state, canvas), canvas)
         state.notes[ACTIVE] = active
         positions, real = columns(active)
         return Plan(

@@ -58,6 +58,8 @@ class DecodeLoop:
     ) -> None:
         self.model, self.special, self.config = model, special, config
         self.policies = compose(config, special, model.config) if policies is None else policies
+        kv, selector = self.policies.kv, self.policies.selector
+        self._scratch = None if kv.scratch is None else kv.scratch + selector.scratch(config.block_length)
         self.room, self.capacity = len(prompts) if room is None else room, capacity
         self.state = DecodeState.begin([], [], special.mask, 0, capacity)
         self._executor: Executor | None = None
@@ -92,9 +94,7 @@ class DecodeLoop:
         proposer = Proposer.build(config, self.special, self.policies.measures)
         if config.cache == "dllm":
             return FeatureExecutor(model, state, proposer, config.seed, config.kp, config.kr, config.rou)
-        scratch = self.policies.kv.scratch
-        if scratch is not None:
-            scratch += self.policies.selector.scratch(config.block_length)
+        scratch = self._scratch
         return Executor(model, state, proposer, config.seed, scratch, max(self.room, state.rows))
 
     def adapt(self, config: GenerationConfig) -> None:
@@ -161,6 +161,8 @@ class DecodeLoop:
         if bool(state.last.any()):
             chose, action = action, action.filling(view, state.last != LIVE)
             forced = (action.commit & ~chose.commit).any(1)
+            if chose.remask is not None:  # and none of it is taken back in these rows
+                forced |= chose.remask.any(1) & (state.last != LIVE)
         action.apply(view)
         state.count_forward(self.executor.computed)
         use.selector.observe(view, action)

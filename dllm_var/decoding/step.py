@@ -130,7 +130,7 @@ class Action:
         return Action(
             commit=self.commit | (view.eligible & rows[:, None]),
             remask=None if self.remask is None else self.remask & others,
-            replace=None if self.replace is None else self.replace & others,
+            replace=self.replace,
             insert_at=None if self.insert_at is None else self.insert_at.masked_fill(rows, -1),
             insert_count=self.insert_count,
         )
