@@ -94,8 +94,7 @@ class DecodeLoop:
         proposer = Proposer.build(config, self.special, self.policies.measures)
         if config.cache == "dllm":
             return FeatureExecutor(model, state, proposer, config.seed, config.kp, config.kr, config.rou)
-        scratch = self._scratch
-        return Executor(model, state, proposer, config.seed, scratch, max(self.room, state.rows))
+        return Executor(model, state, proposer, config.seed, self._scratch, max(self.room, state.rows))
 
     def adapt(self, config: GenerationConfig) -> None:
         """Decode by these options from the next forward on.
