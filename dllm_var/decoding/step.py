@@ -125,7 +125,7 @@ class Action:
     insert_count: Tensor | None = None
 
     def filling(self, view: StepView, rows: Tensor) -> "Action":
-        """The action with every eligible column of the given rows (bool [B]) committed and nothing of theirs masked again."""
+        """The action with all eligible columns of the given rows (bool [B]) committed and none of theirs masked again."""
         others = ~rows[:, None]
         return Action(
             commit=self.commit | (view.eligible & rows[:, None]),
