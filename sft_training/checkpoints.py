@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -147,22 +146,6 @@ def choose(run: Path, resume: str) -> Path | None:
     return chosen
 
 
-def make_ready(run: Path, chosen: Path | None) -> None:
-    """Tidy a run folder, on the first process, before the run goes on from ``chosen`` (None: starts).
-
-    What an interrupted writing left is removed. Checkpoints of later steps (damaged, or of a run that is given up) are set
-    aside under another name: the run will come to these steps again.
-    """
-    for left in run.glob(f"{PARTIAL}*"):
-        log.warning("%s is what an interrupted writing (or deleting) left; it is removed.", left)
-        shutil.rmtree(left)
-    for later in checkpoints_in(run):
-        if chosen is None or step_of(later) > step_of(chosen):
-            aside = later.rename(later.with_name(f"aside-{time.strftime('%Y%m%d-%H%M%S')}-{later.name}"))
-            start = "the start" if chosen is None else chosen.name
-            log.warning("The run goes on from %s: %s is set aside as %s; delete it at will.", start, later, aside.name)
-
-
 def checkpoint_to_resume(run: Path, resume: str) -> Path | None:
     """`choose`, by the first process for all of them; the process group exists already.
 
@@ -178,13 +161,6 @@ def checkpoint_to_resume(run: Path, resume: str) -> Path | None:
     broadcast_object_list(answer)
     if answer[1] is not None:
         raise ValueError(answer[1])
-    return answer[0]
-
-
-def same_folder(run: str) -> str:
-    """The run folder of the first process, for all of them: each may have read another clock into its name."""
-    answer = [run]
-    broadcast_object_list(answer)
     return answer[0]
 
 

@@ -4,6 +4,7 @@ Read by everything in this folder, through ``overrides.py``. The values and what
 here are their types, and the rules between them that types cannot say.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -19,6 +20,8 @@ OPTIMIZERS = ("adamw", "muon")
 ATTENTIONS = ("full", "sample")
 PRECISIONS = ("auto", "fp32", "bf16")
 ADAPTERS = ("none", "lora", "qlora")
+MOST_THREADS = 1024  # torch dies without a word of many more
+MOST_SEED = 2**32 - 1  # of numpy
 USUAL_PASSES = 3  # of LLaDA's SFT (2502.09992)
 
 
@@ -214,12 +217,16 @@ def check(config: SftConfig) -> None:
     _choice("training.on_nan", training.on_nan, ("stop", "skip"))
     for name in ("local_batch_size", "grad_accum_steps", "logging_steps", "save_steps"):
         _at_least(f"training.{name}", getattr(training, name), 1)
-    for name in ("max_steps", "threads", "expect_processes", "save_total_limit"):
+    for name in ("max_steps", "expect_processes", "save_total_limit"):
         if getattr(training, name) is not None:
             _at_least(f"training.{name}", getattr(training, name), 1)
     for name in ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm"):
         _at_least(f"training.{name}", getattr(training, name), 0)
+    if training.threads is not None:
+        _at_least("training.threads", training.threads, 1, MOST_THREADS)
     validation = config.validation
+    for name, seed in (("training", training.seed), ("validation", validation.seed)):
+        _at_least(f"{name}.seed", seed, 0, MOST_SEED)
     for name in ("every", "samples", "block_length", "max_gen_length"):
         _at_least(f"validation.{name}", getattr(validation, name), 1)
     _at_least("validation.decodes", validation.decodes, 0)
@@ -340,6 +347,8 @@ def _choice(name: str, value: str, valid: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(valid)}.")
 
 
-def _at_least(name: str, value: float, low: float) -> None:
-    if not value >= low:
-        raise ValueError(f"{name}={value}: must be at least {low}.")
+def _at_least(name: str, value: float, low: float, most: float = math.inf) -> None:
+    if not low <= value <= most:
+        raise ValueError(f"{name}={value}: must be at least {low}{f' and at most {most}' if most < math.inf else ''}.")
+    if value == math.inf:
+        raise ValueError(f"{name}={value}: must be finite.")

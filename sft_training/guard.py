@@ -143,5 +143,6 @@ class StepGuard(TrainerCallback, ExportableState):
         fix = "" if self.on_nan == "skip" else ", or leave such steps out with training.on_nan=skip"
         return (
             f"{what}{often}. Nothing of it was saved: {last_saved(run)}. Look at these samples, lower "
-            f"training.learning_rate{fix}; the same command goes on from there."
+            f"training.learning_rate{fix}; the same command goes on from there, and "
+            "resume=FOLDER from an earlier checkpoint."
         )

@@ -5,6 +5,7 @@ accepts ``+training.foo=1`` without a word, and its message for a mistyped key n
 """
 
 import difflib
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -54,6 +55,22 @@ def typed(config: DictConfig) -> SftConfig:
     built = fill(config, SftConfig)
     check(built)
     return built
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Whether a folder is there, or could be made, to write into; nothing is made.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    try:
+        near = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    except OSError as error:
+        raise ValueError(f"{option}={folder} cannot be a folder ({error.strerror}): give another one.") from error
+    if not near.is_dir():
+        raise ValueError(f"{option}={folder}: {near} is a file: give a folder.")
+    if not os.access(near, os.W_OK | os.X_OK):
+        raise ValueError(f"{option}={folder}: you may not write to {near}: give another folder.")
 
 
 def fill(config: DictConfig, schema: type[Schema]) -> Schema:

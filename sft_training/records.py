@@ -19,6 +19,7 @@ from sft_training.data import Counts
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
 RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
 
 
 class Recorder(TrainerCallback):
@@ -128,18 +129,22 @@ def draw_curve(folder: Path) -> None:
     pyplot.close(figure)
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    """What run.json says so far."""
+    file = folder / RUN_FILE
+    known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return known
+
+
 def write_run(folder: Path, facts: dict[str, Any]) -> None:
     """run.json: the settings as they act; what stands there from before stays unless it is said anew."""
-    file = folder / RUN_FILE
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     stamp = {"updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "torch": torch.__version__}
-    _replace(file, json.dumps({**known, **facts, **stamp}, indent=2) + "\n")
+    _replace(folder / RUN_FILE, json.dumps({**read_run(folder), **facts, **stamp}, indent=2) + "\n")
 
 
 def write_config(folder: Path, resolved: dict[str, Any]) -> None:
     """config.yaml: every setting, defaults included, as it was after all overrides."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    _replace(folder / CONFIG_FILE, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
 
 
 def _replace(file: Path, text: str) -> None:

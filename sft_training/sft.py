@@ -6,6 +6,7 @@ output_dir goes on from the newest checkpoint, with the same losses as if it had
 """
 
 import dllm_var.quiet  # noqa: F401  # isort: skip (before transformers)
+import logging
 import os
 import shutil
 import sys
@@ -38,19 +39,12 @@ from sft_training.build import (
     training_steps,
     world_size,
 )
-from sft_training.checkpoints import (
-    PARTIAL,
-    RunStopped,
-    checkpoint_to_resume,
-    full_disk_told,
-    make_ready,
-    resume_stream,
-    same_folder,
-)
+from sft_training.checkpoints import PARTIAL, RunStopped, checkpoint_to_resume, full_disk_told, resume_stream, step_of
 from sft_training.config import SftConfig
 from sft_training.overrides import check_overrides, compose_settings, typed
 from sft_training.precision import apply_fp8, check_fp8
 from sft_training.records import Recorder, RunFile, write_config, write_run
+from sft_training.run_folder import FINAL, check_origin, check_place, finished, make_ready, same_folder, take
 from sft_training.sharding import (
     SameWay,
     acting,
@@ -68,6 +62,8 @@ from sft_training.validation import Validator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SCHEDULE_NAMES = {"linear": "linear", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
+
+log = logging.getLogger(__name__)
 
 
 def on_cpu(config: SftConfig) -> bool:
@@ -192,10 +188,18 @@ def prepare(config: SftConfig) -> tuple[SftTrainer, Path | None]:
         spare_the_compiler()
     args = arguments(config, max_steps)
     config.output_dir = args.output_dir = same_folder(config.output_dir)
+    take(Path(config.output_dir))
     checkpoint = checkpoint_to_resume(Path(config.output_dir), config.resume)
     plan = plan_adapter(config, checkpoint, way)
     universal = False
     if checkpoint is not None:
+        if step_of(checkpoint) > max_steps:
+            raise ValueError(
+                f"{checkpoint} is past the {max_steps} steps of this run: raise training.max_steps, or name an earlier "
+                "checkpoint (resume=FOLDER), or start anew with resume=never."
+            )
+        if plan is None:  # an adapter looks at its base's weights instead
+            check_origin(checkpoint, config.model)
         resume_stream(stream, checkpoint)
         universal = ready_for(checkpoint, way, args)
     stored = plan is not None and args.bf16  # a base that is not trained needs no more digits than it has on disk
@@ -227,7 +231,7 @@ def prepare(config: SftConfig) -> tuple[SftTrainer, Path | None]:
 
 
 def train(config: SftConfig) -> SftTrainer:
-    """A whole run, from the settings to ``<output_dir>/final``.
+    """A whole run, from the settings to ``<output_dir>/final``; one that is complete already is left as it is.
 
     Raises:
         ValueError: as `prepare`.
@@ -235,13 +239,19 @@ def train(config: SftConfig) -> SftTrainer:
     """
     trainer, checkpoint = prepare(config)
     folder = Path(config.output_dir)
+    last = trainer.args.max_steps
+    if checkpoint is not None and step_of(checkpoint) == last and finished(folder, last):
+        log.warning(
+            "%s is complete, all %d steps: nothing to do. Delete its %s to have it written again.", folder, last, FINAL
+        )
+        return trainer
     with full_disk_told(folder):
         if trainer.is_world_process_zero():
             make_ready(folder, checkpoint)
             write_config(folder, asdict(config))
         with trainer.guard.listening():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        step, last = trainer.state.global_step, trainer.state.max_steps
+        step = trainer.state.global_step
         if trainer.guard.stopped_by is not None and step < last:
             raise RunStopped(
                 f"{trainer.guard.stopped_by}: the run stopped after step {step} of {last} and is saved as "
@@ -256,11 +266,11 @@ def train(config: SftConfig) -> SftTrainer:
 def finish(trainer: SftTrainer, whole: LLaDAModelLM) -> None:
     """Write ``final``, under another name until it is complete, and how the run ended."""
     folder, stream = Path(trainer.config.output_dir), trainer.stream
-    written = folder / f"{PARTIAL}final"
+    written = folder / f"{PARTIAL}{FINAL}"
     save_network(whole, written, dtype=DTYPES[trainer.config.model.final_dtype])
     trainer.tokenizer.save_pretrained(written)
-    shutil.rmtree(folder / "final", ignore_errors=True)  # of the same run, which ended before
-    written.rename(folder / "final")
+    shutil.rmtree(folder / FINAL, ignore_errors=True)  # of the same run, which ended before
+    written.rename(folder / FINAL)
     sources = stream.sources(trainer.state.global_step * trainer.rows_per_step)
     dropped = sum(source["dropped"] for source in sources.values())
     ended = {"steps": trainer.state.global_step, "dropped_samples": dropped, "rows_left_over": stream.left_over}
@@ -303,13 +313,16 @@ def _main(composed: DictConfig) -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         raise SystemExit(f"sft.py: {error}") from error
+    except KeyboardInterrupt:
+        sys.exit("sft.py: stopped before the first step; nothing was trained.")
 
 
 def main() -> None:
     """Command-line entry."""
     try:
         if not any(argument.startswith("-") for argument in sys.argv[1:]):  # a flag for Hydra itself, such as --cfg job
-            compose_settings(sys.argv[1:])  # so that a mistake leaves no run folder behind
+            config = compose_settings(sys.argv[1:])  # so that a mistake leaves no run folder behind
+            check_place(Path(config.output_dir))
         sys.argv[1:] = check_overrides(sys.argv[1:])
         dry = dry_run()
     except ValueError as error:

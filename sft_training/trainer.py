@@ -91,6 +91,12 @@ class SftTrainer(Trainer):
                 group["betas"] = (self.args.adam_beta1, self.args.adam_beta2)
         scheduler._last_lr = [group["lr"] for group in groups]
 
+    def _run_epoch(self, **everything: Any) -> None:
+        """The library takes a step before it looks whether all are taken: a run may have ended before it wrote its model."""
+        self.control.should_training_stop = self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
+            super()._run_epoch(**everything)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
@@ -150,9 +156,14 @@ class SftTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was seen since the last line, summed over ranks, and the passes over the data."""
         rows = self.state.global_step * self.rows_per_step
+        if "train_loss" in logs and self.state.global_step == self._initial_global_step:
+            return  # the summary of no step
         if "loss" in logs:
             logs |= self.tally.logs(lambda sums: self.accelerator.reduce(sums, "sum")) | self.stream.metrics(rows)
             self.guard.correct(logs)
+            if self.config.loss.name == "next_token":  # nothing is masked, so there is no level
+                for name in [name for name in logs if name.startswith("ce/t_")]:
+                    del logs[name]
         self.state.epoch = self.stream.progress(rows)
         super().log(logs, start_time)
 

@@ -13,7 +13,6 @@ from sft_training.checkpoints import (
     choose,
     complete,
     faults,
-    make_ready,
     newest_checkpoint,
     staging,
 )
@@ -95,25 +94,6 @@ def test_when_nothing_is_whole_the_run_stops_and_never_starts_anew_by_itself(tmp
             choose(tmp_path, "auto")
     assert choose(tmp_path, "never") is None
     assert choose(tmp_path / "elsewhere", "auto") is None
-
-
-def test_what_was_left_half_written_is_removed_and_later_checkpoints_are_set_aside(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    first, second, third = (write(tmp_path, step) for step in (2, 4, 6))
-    left = staging(tmp_path, 8) / "checkpoint-8"
-    left.mkdir(parents=True)
-    (left / STATE_FILE).touch()
-    assert newest_checkpoint(tmp_path) == third
-    make_ready(tmp_path, second)
-    assert checkpoints_in(tmp_path) == [second, first]
-    aside = [path for path in tmp_path.iterdir() if path.name.endswith("-checkpoint-6")]
-    assert len(aside) == 1
-    assert faults(aside[0]) == []
-    assert not left.parent.exists()
-    assert [message.split(" ")[0] for message in caplog.messages] == [str(left.parent), "The"]
-    make_ready(tmp_path, None)
-    assert checkpoints_in(tmp_path) == []
 
 
 def test_old_checkpoints_go_only_behind_a_newer_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,5 +48,7 @@ def test_the_logged_loss_is_the_causal_cross_entropy(
     logits = model(batch["noisy"], attention_mask=batch["real"], query_mask=causal).logits[batch["masked"]]
     expected = F.cross_entropy(logits, batch["clean"][batch["masked"]]).item()
     train(config)
-    (found,) = [line["loss"] for line in read_metrics(Path(config.output_dir)) if "loss" in line]
+    (line,) = [line for line in read_metrics(Path(config.output_dir)) if "loss" in line]
+    found = line["loss"]
+    assert not any(name.startswith("ce/t_") for name in line), "there is no mask level"
     assert found == pytest.approx(expected, rel=1e-4)

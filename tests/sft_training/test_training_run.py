@@ -17,7 +17,7 @@ from dllm_var.diffusion.packing import Row
 from dllm_var.model.checkpoint import load_model
 from dllm_var.text.chat import decode_text
 from dllm_var.text.special_tokens import resolve
-from sft_training import checkpoints, sft
+from sft_training import run_folder, sft
 from sft_training.build import build_model, build_stream
 from sft_training.checkpoints import MANIFEST_FILE, POSITION_FILE, newest_checkpoint
 from sft_training.config import SftConfig
@@ -88,7 +88,7 @@ def test_all_processes_write_to_the_folder_of_the_first(
 ) -> None:
     config = settings(write_samples(LENGTHS), "training.max_steps=2", "training.save_steps=1")
     first = config.output_dir.replace("run", "first")  # whose clock read another second
-    monkeypatch.setattr(checkpoints, "broadcast_object_list", lambda said: said.__setitem__(0, said[0] and first))
+    monkeypatch.setattr(run_folder, "broadcast_object_list", lambda said: said.__setitem__(0, said[0] and first))
     train(config)
     assert {path.name for path in Path(first).iterdir()} >= {"checkpoint-2", "final", "run.json", "config.yaml"}
 
