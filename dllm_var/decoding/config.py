@@ -246,10 +246,12 @@ class GenerationConfig:
                 f"steps={self.steps} and num_transfer_tokens={self.num_transfer_tokens} exclude each other: "
                 "the first fixes the forwards, the second the tokens of each. Leave one out."
             )
-        if self.top_p < 1 and self.score_distribution == "tempered" and self.threshold is not None:
+        cut = [name for name, given in (("top_p", self.top_p < 1), ("top_k", self.top_k is not None)) if given]
+        passed = next((name for name in ("threshold", "wide_in_thres") if getattr(self, name) is not None), None)
+        if cut and passed is not None and self.score_distribution == "tempered":
             raise ValueError(
-                f"top_p={self.top_p} and score_distribution='tempered' leave threshold={self.threshold} without meaning: a "
-                "token that makes up top_p alone has the confidence 1. Give score_distribution='raw'."
+                f"{cut[0]}={getattr(self, cut[0])} and score_distribution='tempered' leave {passed}={getattr(self, passed)} "
+                f"without meaning: a token that {cut[0]} alone leaves has the confidence 1. Give score_distribution='raw'."
             )
         if self.enable_editing and self.wide_in_thres is not None:
             raise ValueError("enable_editing=True and wide_in_thres exclude each other: wino has its own way to take back.")

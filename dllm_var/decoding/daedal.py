@@ -14,7 +14,7 @@ from torch import Tensor
 from dllm_var.decoding.config import GenerationConfig
 from dllm_var.decoding.length_policies import LengthPolicy
 from dllm_var.decoding.proposal import Candidates, Measure
-from dllm_var.decoding.state import NEVER, DecodeState
+from dllm_var.decoding.state import LIVE, NEVER, DecodeState
 from dllm_var.decoding.step import Action, Plan, StepView
 from dllm_var.text.special_tokens import SpecialTokens
 
@@ -92,7 +92,7 @@ class Daedal(LengthPolicy):
         state.notes["eos_confidence"] = confidence
         room = state.limit - state.end
         doubtful = view.eligible & ~action.commit & (view.confidence < use.low_conf_expand_thres)
-        widens = (confidence < use.decode_eot_expand_thres) & (room > 0) & doubtful.any(1)
+        widens = (confidence < use.decode_eot_expand_thres) & (room > 0) & doubtful.any(1) & (state.last == LIVE)
         if not bool(widens.any()):
             return action
         least = view.confidence.masked_fill(~doubtful, float("inf")).argmin(1, keepdim=True)

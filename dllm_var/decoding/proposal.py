@@ -30,7 +30,8 @@ class Candidates:
         logsumexp: float32 [m] of these: logits − logsumexp are log-probabilities.
         ids: int64 [m], the proposed tokens. confidence: float32 [m], their probabilities.
         rows, positions: int64 [m], batch row and canvas position of each.
-        mask: the mask id, which has a share of the probability but is never proposed.
+        mask, known: the mask id, and the first id that no token has; they have a share of the probability but are never
+            proposed.
     """
 
     logits: Tensor
@@ -40,13 +41,12 @@ class Candidates:
     rows: Tensor
     positions: Tensor
     mask: int
+    known: int | None = None
 
     @property
     def proposable(self) -> Tensor:
-        """`logits` with −inf for the mask."""
-        logits = self.logits.clone()
-        logits[:, self.mask] = float("-inf")
-        return logits
+        """`logits` with −inf for what is never proposed."""
+        return _proposable(self.logits, self.mask, self.known)
 
 
 Measure = Callable[[Candidates], Tensor]  # -> [m]
@@ -71,6 +71,7 @@ class Proposer:
     Attributes:
         mask: never proposed. It keeps its share of probability, as in the published decoders: a model that asks for a
             mask is not sure of anything else.
+        known: ids from here on are no tokens, and treated like the mask.
         forbidden: tokens that are taken out before probabilities are formed.
         temperature: 0: the likeliest token (the lowest id among equals); above 0: an exact draw from
             softmax(logits / temperature), by the largest logits / temperature + Gumbel.
@@ -89,6 +90,7 @@ class Proposer:
     top_p: float = 1.0
     top_k: int | None = None
     tempered: bool = False
+    known: int | None = None
 
     @classmethod
     def build(cls, config: GenerationConfig, special: SpecialTokens, measures: Mapping[str, Measure]) -> "Proposer":
@@ -102,6 +104,7 @@ class Proposer:
             top_p=config.top_p,
             top_k=config.top_k,
             tempered=config.score_distribution == "tempered",
+            known=special.known,
         )
 
     def __call__(self, hidden: Tensor, weight: Tensor, keys: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
@@ -133,8 +136,7 @@ class Proposer:
             logits[:, token] = float("-inf")
         # Shifted first: with logits around 30, max − logsumexp would lose the digits that rank confidences close to 1.
         logits = logits - logits.max(-1, keepdim=True).values
-        allowed = logits.clone()
-        allowed[:, self.mask] = float("-inf")
+        allowed = _proposable(logits, self.mask, self.known)
         if self.temperature:
             allowed = self._truncate(allowed / self.temperature)
             ids = (allowed.double() + gumbel(keys, logits.shape[1])).argmax(-1)
@@ -144,7 +146,7 @@ class Proposer:
             logits = allowed - allowed.max(-1, keepdim=True).values
         total = logits.exp().sum(-1)  # [m]
         confidence = logits.gather(1, ids[:, None])[:, 0].exp() / total
-        seen = Candidates(logits, total.log(), ids, confidence, rows, positions, self.mask)
+        seen = Candidates(logits, total.log(), ids, confidence, rows, positions, self.mask, self.known)
         numbers = [confidence, *(measure(seen) for measure in self.measures.values())]
         return torch.stack([ids.int(), *(number.float().view(torch.int32) for number in numbers)])
 
@@ -160,3 +162,12 @@ class Proposer:
             before = share.cumsum(-1) - share
             best = best.masked_fill(before >= self.top_p, float("-inf"))  # what stands before it makes up top_p already
         return torch.empty_like(logits).scatter_(1, order, best)
+
+
+def _proposable(logits: Tensor, mask: int, known: int | None) -> Tensor:
+    """Logits [m, V] with −inf for the mask and for ids that no token has."""
+    allowed = logits.clone()
+    allowed[:, mask] = float("-inf")
+    if known is not None:
+        allowed[:, known:] = float("-inf")
+    return allowed

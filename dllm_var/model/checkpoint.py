@@ -28,6 +28,7 @@ from dllm_var.model.shards import (
     StoredTensor,
     canonical_name,
     compare,
+    is_leftover,
     read_json,
     some,
     survey,
@@ -114,8 +115,9 @@ def verify_checkpoint(folder: str | Path) -> CheckpointSummary:
     compare(folder, found, _shapes(_skeleton(load_config(folder))))
     nbytes = sum(tensor.nbytes for tensor in found.values())
     if (folder / INDEX_FILE).is_file():
-        said = (read_json(folder / INDEX_FILE).get("metadata") or {}).get("total_size", nbytes)
-        if said != nbytes:
+        index = read_json(folder / INDEX_FILE)
+        said = (index.get("metadata") or {}).get("total_size", nbytes)
+        if said != nbytes and not any(is_leftover(name) for name in index["weight_map"]):
             raise ValueError(f"{folder / INDEX_FILE} says total_size={said}, but the shards hold {nbytes} bytes.")
     return CheckpointSummary(
         tensors=len(found),
@@ -257,11 +259,7 @@ def _check_memory(parameters: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _named_weights(model: LLaDAModelLM) -> dict[str, Tensor]:
-    weights = {
-        canonical_name(name): value.detach()
-        for name, value in model.state_dict().items()
-        if not name.endswith("_extra_state")  # what FP8 layers remember of their scales; no weight of the model
-    }
+    weights = {canonical_name(name): value.detach() for name, value in model.state_dict().items() if not is_leftover(name)}
     here = {(name, tuple(value.shape)) for name, value in weights.items()}
     odd = here ^ set(_shapes(_skeleton(model.config)).items())
     if odd:

@@ -57,6 +57,11 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(ordered[:4]) + (f", … ({len(ordered)} in all)" if len(ordered) > 4 else "")
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a tensor is what TransformerEngine's FP8 layers remember of their scales, and no weight of the model."""
+    return name.endswith("_extra_state")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, or a ValueError that names the file."""
     try:
@@ -81,7 +86,7 @@ def survey(folder: Path) -> dict[str, StoredTensor]:
         if promised is not None:
             _check_against_index(file, promised, {tensor.stored_as for tensor in tensors})
         for tensor in tensors:
-            if tensor.name.endswith("_extra_state"):  # left by TransformerEngine; no parameter of this model
+            if is_leftover(tensor.name):
                 continue
             if tensor.name in found:
                 twin = found[tensor.name]
@@ -158,9 +163,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
                 tensors.append((stored_as, tuple(part.get_shape()), part.get_dtype()))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
-    foreign = {
-        f"{name} ({dtype})" for name, _, dtype in tensors if dtype not in DTYPES and not name.endswith("_extra_state")
-    }
+    foreign = {f"{name} ({dtype})" for name, _, dtype in tensors if dtype not in DTYPES and not is_leftover(name)}
     if foreign:
         raise ValueError(f"{file} holds tensors that are not float32, bfloat16 or float16: {some(foreign)}.")
     return [

@@ -38,6 +38,7 @@ class SpecialTokens:
         eot: end of a turn, None for a vocabulary without one.
         bos: what a chat prompt opens with, None for a vocabulary without one.
         stop: the stop set, ids that end a response; left out it is {eos, eot}, sorted.
+        known: ids from here on are rows of the embedding that no token has, and are never decoded; None: there are none.
 
     Raises:
         ValueError: an id is negative or no integer, or the mask is also EOS, eot, padding or a stop token.
@@ -49,6 +50,7 @@ class SpecialTokens:
     eot: int | None = None
     bos: int | None = None
     stop: tuple[int, ...] = _EOS_AND_EOT
+    known: int | None = None
 
     def __post_init__(self) -> None:
         if self.stop == _EOS_AND_EOT:
@@ -75,12 +77,16 @@ def resolve(tokenizer: PreTrainedTokenizerBase, config: LLaDAConfig) -> SpecialT
         ValueError: tokenizer and config name different ids, neither names one, a token is not exactly one id, an id lies
             outside the embedding, or one of them is a token that ordinary text can contain.
     """
+    mask = _agreed("mask", (tokenizer.mask_token_id, single_id(tokenizer, MASK)), tokenizer, config)
+    eos = _agreed("eos", (tokenizer.eos_token_id,), tokenizer, config)
+    known = 1 + max(eos, *tokenizer.get_vocab().values())
     special = SpecialTokens(
-        mask=_agreed("mask", (tokenizer.mask_token_id, single_id(tokenizer, MASK)), tokenizer, config),
-        eos=_agreed("eos", (tokenizer.eos_token_id,), tokenizer, config),
+        mask=mask,
+        eos=eos,
         pad=_agreed("pad", (tokenizer.pad_token_id,), tokenizer, config),
         eot=single_id(tokenizer, EOT),
         bos=tokenizer.bos_token_id,
+        known=known if known < config.embedding_rows else None,
     )
     for name in ("mask", "eos", "pad", "eot", "bos"):
         value = getattr(special, name)

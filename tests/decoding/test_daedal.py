@@ -14,7 +14,7 @@ from dllm_var.decoding.daedal import eos_confidence
 from dllm_var.decoding.kv_policies import Prefix
 from dllm_var.decoding.loop import DecodeLoop
 from dllm_var.decoding.results import Event
-from dllm_var.decoding.state import DecodeState
+from dllm_var.decoding.state import FORWARDS, DecodeState
 from dllm_var.decoding.step import Plan
 
 PROMPTS = [[258, 259, *text, 257, 260] for text in (b"add 12 7=", b"rev abc", b"say a long thing")]
@@ -283,6 +283,23 @@ def test_visible_eos_follow_the_masks_once_there_are_enough(rule_model: Any, say
     assert [len(event.response) for event in (first, second, third)] == [6, 9, 11]
     assert third.response[9:] == [special.eos] * 2
     assert {token.position for token in third.committed} == {4, 5, 6, 7}
+
+
+def test_a_last_forward_widens_nothing_and_so_drops_no_end_that_would_make_room(
+    rule_model: Any, says: Any, special: Any
+) -> None:
+    model = rule_model(says(dict.fromkeys((6, 7, 8, 9), (special.eos, 9.0))))
+    config = GenerationConfig(
+        **SMALL, max_gen_length=12, block_length=20, threshold=0.99, decode_eot_expand_thres=2.0, low_conf_expand_thres=1.0
+    )
+    free, bound = (DecodeLoop(model, special, config, [[5, 5]]) for _ in range(2))
+    for loop in (free, bound):
+        loop.step()
+        loop.step()
+    widened, last = free.step()[0], bound.step(ending={0: FORWARDS})[0]
+    assert (widened.inserted, len(widened.response)) == ((1, 2), 12)  # one of the two EOS at the end made room
+    assert last.result is not None
+    assert (len(last.result.raw), last.result.raw[9:]) == (11, [special.eos] * 2)
 
 
 def test_the_least_sure_mask_that_is_not_decided_is_widened_and_the_rest_moves_on(

@@ -115,6 +115,14 @@ def test_a_bad_value_is_refused_with_name_value_and_what_is_right(name: str, val
             {"temperature": 1.0, "top_p": 0.5, "score_distribution": "tempered"},
             "top_p=0.5 and score_distribution='tempered' leave threshold=0.9 without meaning.*'raw'",
         ),
+        (
+            {"temperature": 1.0, "top_k": 2, "score_distribution": "tempered"},
+            "top_k=2 and score_distribution='tempered' leave threshold=0.9 without meaning.*'raw'",
+        ),
+        (
+            {"method": "wino", "temperature": 1.0, "top_p": 0.5, "score_distribution": "tempered"},
+            "top_p=0.5 and score_distribution='tempered' leave wide_in_thres=0.6 without meaning.*'raw'",
+        ),
         ({"sigma": 10, "lambd": 0.2}, "sigma=10 and lambd=0.2 exclude each other.*lambd=0"),
         ({"method": "pc_sampler", "sigma": 10}, "sigma=10 and lambd=0.25 exclude each other"),
         ({"debias": True, "remasking": "entropy"}, "debias=True weighs confidence.*not 'entropy'"),

@@ -39,6 +39,19 @@ def test_the_mask_is_never_proposed_but_keeps_its_share_of_probability() -> None
     assert float(confidence[:25].max()) < 0.5
 
 
+def test_rows_of_the_embedding_that_no_token_has_are_never_proposed_but_keep_their_share() -> None:
+    logits, measures = _logits(50), {"entropy": entropy, "margin": margin}
+    logits[:, 11:14] += 50.0
+    for options in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "tempered": True}):
+        ids, confidence, numbers = _propose(logits, known=11, measures=measures, **options)
+        assert int(ids.max()) < 11
+        assert bool((confidence < 1e-9).all()) == ("tempered" not in options)
+        assert bool(numbers.isfinite().all())
+    within = logits[:, :11].log_softmax(-1)
+    _, _, numbers = _propose(logits, known=11, measures=measures)
+    assert torch.allclose(numbers[0], -(within.exp() * within).sum(-1), atol=1e-5)
+
+
 def test_entropy_and_margin_do_not_take_a_wish_for_the_mask_for_certainty() -> None:
     logits, measures = _logits(50), {"entropy": entropy, "margin": margin}
     asked = logits.clone()

@@ -72,6 +72,16 @@ def test_bf16_hidden_states_keep_their_dtype_in_the_gradient() -> None:
     assert total.item() == pytest.approx(exact.item(), rel=2e-2)
 
 
+def test_a_loss_in_bf16_divided_by_three_has_gradients_divided_by_three_and_not_by_what_bf16_has_nearest() -> None:
+    hidden, weight, targets, _ = random_problem(20)
+    inputs = [value.detach().bfloat16().requires_grad_() for value in (hidden, weight)]
+    total, _ = masked_cross_entropy(*inputs, targets)
+    whole = torch.autograd.grad(total, inputs, retain_graph=True)
+    third = torch.autograd.grad(total / 3, inputs)
+    for part, full in zip(third, whole, strict=True):
+        assert torch.equal(part, (full.float() / 3).bfloat16())
+
+
 def test_weights_of_the_three_losses_are_what_their_papers_say() -> None:
     t = torch.tensor([0.2, 0.2, 0.5])
     assert token_weights("plain_mean", t, masked=3, responses=8).tolist() == pytest.approx([1 / 3] * 3)

@@ -349,6 +349,16 @@ def test_a_wrong_total_size_fails_the_verification(sharded: Path) -> None:
         verify_checkpoint(sharded)
 
 
+def test_what_fp8_layers_left_in_a_shard_does_not_fail_the_verification(sharded: Path) -> None:
+    index = json.loads((sharded / INDEX).read_text(encoding="utf-8"))
+    shard, name = index["weight_map"][WTE], "model.transformer.blocks.0.q_proj._extra_state"
+    extra = torch.zeros(3, dtype=torch.uint8)
+    save_file({**load_file(sharded / shard), name: extra}, sharded / shard, metadata={"format": "pt"})
+    size = index["metadata"]["total_size"] + extra.nbytes
+    _edit_json(sharded / INDEX, weight_map=index["weight_map"] | {name: shard}, metadata={"total_size": size})
+    assert verify_checkpoint(sharded).nbytes == size - extra.nbytes
+
+
 def test_single_file_and_index_together_are_refused(sharded: Path, folder: Path) -> None:
     (sharded / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match="holds both"):

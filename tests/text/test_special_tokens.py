@@ -28,7 +28,9 @@ def config_for(tokenizer, **changes):
 
 def test_every_token_is_resolved_by_name(tokenizer):
     bos, eos, mask, _, _, eot = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKEN_NAMES))
-    assert resolve(tokenizer, config_for(tokenizer)) == SpecialTokens(mask, eos, eos, eot, bos, tuple(sorted((eos, eot))))
+    stop, size = tuple(sorted((eos, eot))), len(tokenizer)
+    assert resolve(tokenizer, config_for(tokenizer)) == SpecialTokens(mask, eos, eos, eot, bos, stop, size)
+    assert resolve(tokenizer, config_for(tokenizer, vocab_size=size)).known is None
 
 
 def test_the_mask_is_taken_from_the_config_when_the_tokenizer_names_none(tokenizer):
@@ -40,7 +42,7 @@ def test_a_mask_in_an_unused_embedding_row_is_accepted(fresh_tokenizer):
     words = Tokenizer(models.WordLevel({"q": 0, "<|endoftext|>": 1}, unk_token="q"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>")
     special = resolve(tokenizer, config_for(fresh_tokenizer(), mask_token_id=500, eos_token_id=1, pad_token_id=1))
-    assert special == SpecialTokens(mask=500, eos=1, pad=1)
+    assert special == SpecialTokens(mask=500, eos=1, pad=1, known=2)
     assert special.eot is None
     assert special.stop == (1,)
 
