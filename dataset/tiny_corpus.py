@@ -264,6 +264,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--show", type=int, metavar="N", help="print N problems of each task instead")
     args = parser.parse_args()
+    for name, least in (("samples", 1), ("held_out_samples", 0), ("seed", 0), ("show", 1)):
+        if (given := getattr(args, name)) is not None and given < least:
+            parser.error(f"--{name} {given} must be at least {least}")
     if args.show is not None:
         for task in TASKS:
             stream = problems(task, args.seed, held_out=False)

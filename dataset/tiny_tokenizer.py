@@ -69,7 +69,10 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="JSON Lines with instruction and output")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for tokenizer and config.json")
     args = parser.parse_args()
-    tokenizer = train(args.text)
+    try:
+        tokenizer = train(args.text)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"--text {args.text} cannot be read as JSON Lines with instruction and output: {error!r}")
     if len(tokenizer) != VOCABULARY:
         raise SystemExit(
             f"{args.text} gave {len(tokenizer)} tokens instead of {VOCABULARY}: it is too small or too uniform."

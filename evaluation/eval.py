@@ -27,10 +27,11 @@ from dllm_var import Pretrained, load_pretrained
 from dllm_var.model.adapter import WEIGHTS_FILE
 from dllm_var.model.checkpoint import weights_hash
 from dllm_var.model.shards import file_hash
-from dllm_var.pretrained import resolve_folder
+from dllm_var.pretrained import lacks_memory, resolve_folder
 from evaluation import task_files
 from evaluation.settings import DTYPES, EvalConfig, check_model, compose_settings, for_hydra, typed
 from evaluation.team import Team, device, launcher_warning, part
+from sft_training.overrides import check_folder
 
 SAMPLES_FILE = "samples.jsonl"
 # What decides over tokens beside the weights, where a model's folder holds it.
@@ -226,6 +227,15 @@ def _main(composed: DictConfig) -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         refuse(error)
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        refuse(
+            ValueError("the memory is not enough: lower batch_size or the length of the answers, or take a smaller model.")
+        )
+    except KeyboardInterrupt:
+        told = f"eval.py: stopped; the answers given so far are in {composed.output_dir}: the same command goes on there."
+        raise SystemExit(told if os.environ.get("RANK", "0") == "0" else 1) from None
     finally:
         part()
 
@@ -241,7 +251,8 @@ def main() -> None:
     """Command-line entry."""
     try:
         if not any(argument.startswith("-") for argument in sys.argv[1:]):  # a flag for Hydra itself, such as --cfg job
-            compose_settings(sys.argv[1:])  # so that a mistake leaves no run folder behind
+            config = compose_settings(sys.argv[1:])  # so that a mistake leaves no run folder behind
+            check_folder("output_dir", Path(config.output_dir))
         sys.argv[1:] = for_hydra(sys.argv[1:])
     except ValueError as error:
         refuse(error)

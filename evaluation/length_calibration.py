@@ -23,6 +23,7 @@ from rich.table import Table
 import dllm_var
 from dataset.tiny_corpus import TASKS, Problem, fresh_prompts
 from dllm_var import Generation, GenerationConfig, Pretrained
+from evaluation.arguments import new_file, whole
 
 SEED = 40_000  # of the held-out problems; other scripts draw others
 BUDGETS = (32, 64, 128, 256)
@@ -178,13 +179,11 @@ def draw(records: Sequence[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="folder of a checkpoint; default the bundled model")
-    parser.add_argument("--prompts", type=int, default=8, help="held-out problems per task")
+    parser.add_argument("--prompts", type=whole(1), default=8, help="held-out problems per task")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS), help=f"multiples of {BLOCK}")
-    parser.add_argument("--output", type=Path, help="JSON file; the picture goes beside it, as .png")
+    parser.add_argument("--output", type=new_file, help="JSON file; the picture goes beside it, as .png")
     args = parser.parse_args()
-    if args.prompts < 1:
-        parser.error("--prompts must be 1 or more")
     odd = [budget for budget in args.budgets if budget < BLOCK or budget % BLOCK]
     if odd:
         parser.error(f"--budgets {odd[0]} is no multiple of {BLOCK}, the length of a block")
@@ -196,7 +195,6 @@ def main() -> None:
     if args.output is not None:
         kept = [{**r, "outcomes": [list(asdict(o).values()) for o in r["outcomes"]]} for r in records]
         result = {"prompts_per_task": args.prompts, "fields": list(Outcome.__dataclass_fields__), "records": kept}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result) + "\n", encoding="utf-8")
         draw(records, args.output.with_suffix(".png"))
 

@@ -10,11 +10,13 @@ token; what lies behind it in the last block is counted apart, as wasted positio
 
 import argparse
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluation.arguments import new_file
 from evaluation.store import Answer
 
 RESULTS_FILE, TABLE_FILE = "results.json", "results.md"
@@ -122,12 +124,14 @@ def read(folder: Path) -> dict[str, Any]:
     """
     try:
         report: dict[str, Any] = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise ValueError(f"{folder} holds no {RESULTS_FILE}: give the output folder of a finished evaluation.") from error
     except ValueError as error:
         raise ValueError(f"{folder / RESULTS_FILE} is not JSON: run that evaluation again.") from error
-    if not isinstance(report, dict) or not {"facts", "rows", "computation"} <= report.keys():
-        raise ValueError(f"{folder / RESULTS_FILE} was not written by evaluation/eval.py.")
+    try:
+        markdown([report])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{folder / RESULTS_FILE} was not written by evaluation/eval.py.") from error
     return report
 
 
@@ -203,12 +207,16 @@ def _pyplot() -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", help="output folders of finished evaluations")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw accuracy against forwards")
+    parser.add_argument("--plot", type=new_file, metavar="FILE.png", help="also draw accuracy against forwards")
     args = parser.parse_args()
-    try:
-        reports = [read(folder) for folder in args.folders]
-    except ValueError as error:
-        parser.error(str(error))
+    reports = []
+    for folder in args.folders:
+        try:
+            reports.append(read(folder))
+        except ValueError as error:
+            print(f"report.py: left out: {error}", file=sys.stderr)
+    if not reports:
+        sys.exit(2)
     print(markdown(reports), end="")
     if args.plot is not None:
         draw_compute(reports, args.plot)

@@ -138,6 +138,8 @@ def typed(config: DictConfig) -> EvalConfig:
         value = getattr(built, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: give at least 1.")
+    if not 0 <= built.seed < 2**32:
+        raise ValueError(f"seed={built.seed}: give at least 0 and below 2^32, what the harness's generators take.")
     if built.likelihood_samples % UNIT[SAMPLING]:
         raise ValueError(f"likelihood_samples={built.likelihood_samples}: give a multiple of {UNIT[SAMPLING]}.")
     if built.model.dtype not in DTYPES:

@@ -52,6 +52,7 @@ from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.model.speed import compile_network, quantize_int8
 from dllm_var.text.chat import decode_text
 from dllm_var.text.special_tokens import SpecialTokens
+from evaluation.arguments import THREADS, new_file, whole
 
 SEED = 40_000  # of the held-out problems; those of the other measurements are others
 BLOCK, MAX_GEN_LENGTH, THRESHOLD = 32, 1024, 0.9
@@ -313,16 +314,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="folder of a checkpoint; default the bundled model")
     parser.add_argument("--twin", help="folder of an autoregressive checkpoint of the same shape")
-    parser.add_argument("--problems", type=int, default=12, help="rounds of one problem each, one request at a time")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of the engine and of the large model")
-    parser.add_argument("--accuracy", type=int, default=50, help="problems per task for exact match")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="also write the JSON line to this file")
+    parser.add_argument("--problems", type=whole(7), default=12, help="rounds of one problem each, one request at a time")
+    parser.add_argument("--rounds", type=whole(7), default=7, help="rounds of the engine and of the large model")
+    parser.add_argument("--accuracy", type=whole(1), default=50, help="problems per task for exact match")
+    parser.add_argument("--threads", type=whole(1, THREADS), default=1)
+    parser.add_argument("--output", type=new_file, help="also write the JSON line to this file")
     parser.add_argument("--check", type=Path, metavar="FILE", help="only hold this result against the bars")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only print this result as Markdown")
     args = parser.parse_args()
-    if args.problems < 7 or args.rounds < 7 or args.accuracy < 1 or args.threads < 1:
-        parser.error("--problems and --rounds must be 7 or more, --accuracy and --threads 1 or more")
     for file in filter(None, (args.check, args.table)):
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
@@ -356,11 +355,10 @@ def main() -> None:
             dllm_var.generate(model, [problem.instruction], GenerationConfig(**result["single"]["ways"][OURS]))
     result["at_best"] = seconds_at_best(model.model.config, record.shapes, 4, *rates) / args.problems
     line = json.dumps(result)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(line + "\n", encoding="utf-8")
     Console(width=125).print(tables(json.loads(line)), markup=False)
     print(line)
+    if args.output is not None:
+        args.output.write_text(line + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

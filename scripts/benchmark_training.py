@@ -48,6 +48,7 @@ from dllm_var.diffusion.packing import Packer
 from dllm_var.model.config import LLaDAConfig
 from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.text.chat import render_sample
+from evaluation.arguments import THREADS, new_file, whole
 from sft_training.overrides import compose_settings
 from sft_training.sft import prepare
 
@@ -329,12 +330,12 @@ def show(console: Console, exact: dict[str, Cost], ratios: dict[str, Ratio], sha
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=96, help="samples that every arm trains on")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a packed row")
-    parser.add_argument("--rows", type=int, default=2, help="packed rows of a micro-batch")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed rounds; 0: exact columns only")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="also write the JSON line to this file")
+    parser.add_argument("--samples", type=whole(1), default=96, help="samples that every arm trains on")
+    parser.add_argument("--length", type=whole(1), default=1024, help="tokens of a packed row")
+    parser.add_argument("--rows", type=whole(1), default=2, help="packed rows of a micro-batch")
+    parser.add_argument("--rounds", type=whole(0), default=ROUNDS, help="timed rounds; 0: exact columns only")
+    parser.add_argument("--threads", type=whole(1, THREADS), default=1)
+    parser.add_argument("--output", type=new_file, help="also write the JSON line to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     console, pretrained = Console(width=125), load_pretrained("tiny")
@@ -375,10 +376,9 @@ def main() -> None:
         f"peak of head and loss at LLaDA's vocabulary: {chunked / 1e6:.0f} MB chunked, {full / 1e6:.0f} MB full logits"
     )
     line = json.dumps(result)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(line + "\n", encoding="utf-8")
     print(line)
+    if args.output is not None:
+        args.output.write_text(line + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,11 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, help="JSON line of eval_tiny.py; default RUN/evaluation.json")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
-    evaluation = read_json(args.evaluation or args.run / "evaluation.json")
+    evaluation_file = args.evaluation or args.run / "evaluation.json"
+    for needed in (args.run / "sft" / "final" / "config.json", evaluation_file):
+        if not needed.is_file():
+            parser.error(f"{needed} is not there: give the folder of a finished bash scripts/train_tiny.sh")
+    evaluation = read_json(evaluation_file)
     commits = (args.run / "commits").read_text(encoding="utf-8").split() if (args.run / "commits").exists() else ["unknown"]
     evaluation["model"] = "tiny"  # wherever it was trained
     shutil.copytree(args.run / "sft" / "final", args.output, dirs_exist_ok=True)

@@ -23,6 +23,7 @@ from rich.table import Table
 import dllm_var
 from dataset.tiny_corpus import TASKS, Problem, fresh_prompts
 from dllm_var import Generation, GenerationConfig, Pretrained
+from evaluation.arguments import new_file, whole
 
 SEED = 30_000  # of the held-out prompts; those of scripts/eval_tiny.py are others
 CANVAS, BLOCK = 64, 32
@@ -182,12 +183,10 @@ def draw(outcomes: dict[str, list[Outcome]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="folder of a checkpoint; default the bundled model")
-    parser.add_argument("--prompts", type=int, default=4, help="held-out problems per task")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of timing; 0: none")
-    parser.add_argument("--output", type=Path, help="JSON file; the picture goes beside it, as .png")
+    parser.add_argument("--prompts", type=whole(1), default=4, help="held-out problems per task")
+    parser.add_argument("--rounds", type=whole(0), default=3, help="rounds of timing; 0: none")
+    parser.add_argument("--output", type=new_file, help="JSON file; the picture goes beside it, as .png")
     args = parser.parse_args()
-    if args.prompts < 1 or args.rounds < 0:
-        parser.error("--prompts must be 1 or more, --rounds 0 or more")
     try:
         model = dllm_var.load_pretrained(args.model, dtype=torch.float64)
         problems = chosen_problems(model, args.prompts)

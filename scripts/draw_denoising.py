@@ -5,12 +5,12 @@ How: ``python scripts/draw_denoising.py --output scripts/denoising.svg [--prompt
 
 import argparse
 import io
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
 import dllm_var
+from evaluation.arguments import new_file, share, whole
 
 MASK = "▁"
 COLOURS = ((0.9, "green"), (0.5, "yellow"), (0.0, "red"))  # of a token by its probability when it was fixed
@@ -37,15 +37,18 @@ def picture(model: dllm_var.Pretrained, prompt: str, config: dllm_var.Generation
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="SVG file to write")
+    parser.add_argument("--output", type=new_file, required=True, help="SVG file to write")
     parser.add_argument("--model", default="tiny", help="folder of a checkpoint; default the bundled model")
     parser.add_argument("--prompt", default="How do you say 90210 in English?")
-    parser.add_argument("--block_length", type=int, default=16)
-    parser.add_argument("--threshold", type=float, default=0.9)
+    parser.add_argument("--block_length", type=whole(1), default=16)
+    parser.add_argument("--threshold", type=share, default=0.9)
     args = parser.parse_args()
     console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
-    config = dllm_var.GenerationConfig(block_length=args.block_length, threshold=args.threshold)
-    console.print(picture(dllm_var.load_pretrained(args.model), args.prompt, config))
+    try:
+        config = dllm_var.GenerationConfig(block_length=args.block_length, threshold=args.threshold)
+        console.print(picture(dllm_var.load_pretrained(args.model), args.prompt, config))
+    except ValueError as error:
+        parser.error(str(error))
     args.output.write_text(console.export_svg(title=f"“{args.prompt}” one line per forward"), encoding="utf-8")
     print(f"{args.output}: written")
 

@@ -9,7 +9,6 @@ Prints a table and one JSON line last.
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from dllm_var import load_pretrained
 from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.text.chat import decode_text, render_prompt
 from dllm_var.text.special_tokens import SpecialTokens
+from evaluation.arguments import new_file, whole
 
 # Our tensor names → those of transformers' Llama, which rotates by halves too.
 LLAMA_NAMES = {
@@ -74,9 +74,9 @@ def continuations(llama: LlamaForCausalLM, special: SpecialTokens, ids: list[lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a checkpoint trained with loss.name=next_token")
-    parser.add_argument("--prompts", type=int, default=500, help="held-out problems per task")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="also write the JSON line to this file")
+    parser.add_argument("--prompts", type=whole(1), default=500, help="held-out problems per task")
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--output", type=new_file, help="also write the JSON line to this file")
     args = parser.parse_args()
     try:
         pretrained = load_pretrained(args.model)
@@ -105,9 +105,9 @@ def main() -> None:
             "tasks": exact,
         }
     )
+    print(line)
     if args.output is not None:
         args.output.write_text(line + "\n", encoding="utf-8")
-    print(line)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import json
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +19,7 @@ from rich.table import Table
 import dllm_var
 from dataset.tiny_corpus import HELD_OUT_SEED, TASKS, Problem, fresh_prompts
 from dllm_var import Generation, GenerationConfig, Pretrained
+from evaluation.arguments import new_file, share, whole
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "block 32": {"block_length": 32, "max_gen_length": 1024, "cache": "block_commit"},
@@ -93,16 +93,14 @@ def show(console: Console, name: str, scores: dict[str, Score]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="folder of a checkpoint; default the bundled model")
-    parser.add_argument("--prompts", type=int, default=500, help="held-out problems per task")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threshold", type=float, default=0.9)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--prompts", type=whole(1), default=500, help="held-out problems per task")
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--threshold", type=share, default=0.9)
+    parser.add_argument("--batch_size", type=whole(1), default=16)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, *STUDIES], default=list(SETTINGS))
-    parser.add_argument("--output", type=Path, help="also write the JSON line to this file")
+    parser.add_argument("--output", type=new_file, help="also write the JSON line to this file")
     args = parser.parse_args()
-    if args.prompts < 1 or args.batch_size < 1:
-        parser.error("--prompts and --batch_size must be 1 or more")
     try:
         model = dllm_var.load_pretrained(args.model)
     except ValueError as error:
@@ -126,10 +124,9 @@ def main() -> None:
             },
         }
     )  # fmt: skip
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(line + "\n", encoding="utf-8")
     print(line)
+    if args.output is not None:
+        args.output.write_text(line + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

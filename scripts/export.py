@@ -191,8 +191,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the stored weights")
     parser.add_argument("--max_shard_gb", type=float, default=5.0, metavar="GB", help="largest weight file (10^9 bytes)")
     options = parser.parse_args()
-    if not options.max_shard_gb > 0:
-        parser.error(f"--max_shard_gb {options.max_shard_gb} must be above 0")
+    if not 0 < options.max_shard_gb < float("inf"):
+        parser.error(f"--max_shard_gb {options.max_shard_gb} must be above 0, and finite")
     target = options.output or target_of(options.model)
     try:
         check_target(target)

@@ -12,7 +12,6 @@ import json
 import random
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,6 +21,7 @@ from rich.progress import Progress
 import dllm_var
 from dllm_var import Generation, GenerationConfig, Pretrained
 from dllm_var.engine import Engine
+from evaluation.arguments import THREADS, new_file, whole
 
 WAYS = (
     GenerationConfig(max_gen_length=64, block_length=16),
@@ -102,14 +102,12 @@ def complaints(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="folder of a checkpoint; default the bundled model")
-    parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--rows", type=int, default=16, help="requests decoded at a time")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="also write the JSON line to this file")
+    parser.add_argument("--requests", type=whole(1), default=10_000)
+    parser.add_argument("--rows", type=whole(1), default=16, help="requests decoded at a time")
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--threads", type=whole(1, THREADS), default=1)
+    parser.add_argument("--output", type=new_file, help="also write the JSON line to this file")
     args = parser.parse_args()
-    if min(args.requests, args.rows, args.threads) < 1:
-        parser.error("--requests, --rows and --threads must be 1 or more")
     torch.set_num_threads(args.threads)
     try:
         model = dllm_var.load_pretrained(args.model)
@@ -118,10 +116,9 @@ def main() -> None:
     found = soak(model, args.requests, args.rows, args.seed)
     wrong = complaints(found)
     line = json.dumps(found | {"torch": torch.__version__, "seed": args.seed, "rows": args.rows})
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(line + "\n", encoding="utf-8")
     print(*wrong, *[] if wrong else ["Nothing was lost, nothing is left."], line, sep="\n")
+    if args.output is not None:
+        args.output.write_text(line + "\n", encoding="utf-8")
     sys.exit(bool(wrong))
 
 

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from eval_ar_twin import as_llama, continuations
@@ -23,6 +22,7 @@ import dllm_var
 from dataset.tiny_corpus import TASKS, Problem, fresh_prompts
 from dllm_var import Generation, GenerationConfig, Pretrained
 from dllm_var.text.chat import decode_text
+from evaluation.arguments import new_file, whole
 from evaluation.length_calibration import Outcome
 
 SEED = 50_000  # of the held-out problems; those of the other measurements are others
@@ -102,13 +102,11 @@ def main() -> None:
     parser.add_argument("--autoregressive", action="store_true", help="it was trained to predict the next token")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), metavar="WAY",
                         help=f"ways of decoding: {', '.join(WAYS)}; default all")  # fmt: skip
-    parser.add_argument("--prompts", type=int, default=100, help="held-out problems per task, a quarter on canvases")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    parser.add_argument("--prompts", type=whole(1), default=100, help="held-out problems per task, a quarter on canvases")
+    parser.add_argument("--output", type=new_file, required=True, help="JSON file")
     args = parser.parse_args()
     if args.ways and args.autoregressive:
         parser.error(f"--autoregressive has one way of decoding, {LEFT_TO_RIGHT}: leave --ways out")
-    if args.prompts < 1:
-        parser.error("--prompts must be 1 or more")
     if args.output.exists():
         print(f"{args.output} is there already")
         return
@@ -117,7 +115,6 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     result = {"fields": list(Outcome.__dataclass_fields__), "prompts_per_task": args.prompts, "records": records}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     fresh = args.output.with_suffix(".new")
     fresh.write_text(json.dumps(result) + "\n", encoding="utf-8")
     fresh.replace(args.output)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset.tiny_corpus import TASKS
+from evaluation.arguments import new_file
 from evaluation.length_calibration import Outcome
 
 DRAWS = 1000
@@ -159,7 +160,7 @@ def draw(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="folder with RECIPE-SEED.json")
-    parser.add_argument("--output", type=Path, required=True, help="without ending; .json, .md and .png are written")
+    parser.add_argument("--output", type=new_file, required=True, help="without ending; .json, .md and .png are written")
     args = parser.parse_args()
     try:
         found = read(args.input)
@@ -168,7 +169,6 @@ def main() -> None:
     report: dict[str, dict[str, Any]] = {}
     for (recipe, way), by_seed in found.items():
         report.setdefault(recipe, {})[way] = figures(by_seed)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".json").write_text(json.dumps(report) + "\n", encoding="utf-8")
     args.output.with_suffix(".md").write_text(f"{table(report)}\n\n{by_task(report)}\n", encoding="utf-8")
     draw(report, found, args.output.with_suffix(".png"))

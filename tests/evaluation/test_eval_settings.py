@@ -97,6 +97,7 @@ def test_a_path_that_looks_like_a_number_stays_a_path() -> None:
         ("batch_size=0", "batch_size=0: give at least 1"),
         ("batch_size=many", "batch_size: Value 'many' .* could not be converted to Integer"),
         ("limit=0", "limit=0: give at least 1"),
+        ("seed=-1", "seed=-1: give at least 0 and below"),
         ("likelihood_samples=100", "likelihood_samples=100: give a multiple of 16"),
         ("dataset.num_fewshot=-1", r"dataset\.num_fewshot=-1"),
         ("dataset.name=mbpp", "confirm_run_unsafe_code=true"),

@@ -113,7 +113,13 @@ def test_runs_lie_side_by_side_in_one_table(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [(None, "holds no results.json: give the output folder"), ("{", "is not JSON"), ("[]", "was not written by")],
+    [
+        (None, "holds no results.json: give the output folder"),
+        ("{", "is not JSON"),
+        ("[]", "was not written by"),
+        ('{"facts": [], "rows": [], "computation": {}}', "was not written by"),
+        ('{"facts": {}, "rows": [{"task": "gsm8k"}], "computation": {}}', "was not written by"),
+    ],
 )
 def test_a_folder_that_is_no_finished_run_is_told(
     text: str | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -124,3 +130,16 @@ def test_a_folder_that_is_no_finished_run_is_told(
     with pytest.raises(SystemExit):
         main()
     assert told in capsys.readouterr().err
+
+
+def test_an_unfinished_run_among_others_is_told_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("done", "refused"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "done", RESULTS, [_answer()], FACTS)
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / "done"), str(tmp_path / "refused")])
+    main()
+    printed = capsys.readouterr()
+    assert printed.out == markdown([read(tmp_path / "done")])
+    assert f"report.py: left out: {tmp_path / 'refused'} holds no results.json" in printed.err
