@@ -28,7 +28,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from dllm_var import Event, Generation, GenerationConfig, Pretrained, load_pretrained, stream
-from dllm_var.pretrained import resolve_folder
+from dllm_var.pretrained import lacks_memory, resolve_folder
 from dllm_var.text.chat import StreamDecoder
 
 MASK_SIGN = "░"
@@ -76,7 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
             model = load_pretrained(options.model, base=options.base)
     except ValueError as error:
         return complain(error, 2)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
         return complain(f"model {options.model!r} does not fit into the memory: use a smaller one, or a larger machine.", 2)
     one_thread_if_small(model)
     asked = options.prompt is None and sys.stdin.isatty()
@@ -92,7 +94,9 @@ def main(arguments: list[str] | None = None) -> int:
         except ValueError as error:
             failed = complain(error, 1)
             continue
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
             failed = complain("the answer does not fit into the memory: lower --max_gen_length.", 1)
             continue
         console.print(summary(result, seconds), style="dim", soft_wrap=True)

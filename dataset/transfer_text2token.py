@@ -184,13 +184,34 @@ def outcomes(
 # Reading.
 
 
+def data_files(folder: Path) -> Iterator[Path]:
+    """The JSON files at any depth, those in linked folders too.
+
+    Raises:
+        ValueError: a folder that cannot be read, a link that leads nowhere, or to a folder that it lies in.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise ValueError(f"{error.filename!r} cannot be read: {error.strerror}.") from error
+
+    for place, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        paths = [Path(place) / name for name in names if name.endswith((".jsonl", ".json"))]
+        for path in paths:
+            if not path.exists():
+                raise ValueError(f"{str(path)!r} is a link to nothing: mend or remove it.")
+        yield from (path for path in paths if path.is_file())
+        for inner in (Path(place) / name for name in folders):
+            if inner.is_symlink() and inner.resolve() in map(Path.resolve, inner.parents):
+                raise ValueError(f"{str(inner)!r} is a link to a folder that it lies in: remove it.")
+
+
 def find_sources(folder: Path) -> list[Source]:
     """The input files, sorted by name.
 
     Raises:
-        ValueError: there is none, or two would give their samples the same ids.
+        ValueError: as `data_files`; there is none, or two would give their samples the same ids.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix in (".jsonl", ".json") and path.is_file())
+    found = sorted(data_files(folder))
     if not found:
         raise ValueError(f"--input_dir {str(folder)!r} holds no *.jsonl or *.json file, at any depth.")
     stems: dict[Path, Path] = {}

@@ -32,6 +32,11 @@ KINDS = "a prompt is either text, or a list of messages, or a list of token ids"
 Prompt = str | Sequence[Message] | Sequence[int]
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory, a GPU's or the CPU's, which has no class of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """What is needed to answer: the network, its tokenizer (None: ids only) and its control tokens."""

@@ -115,6 +115,21 @@ def test_characters_that_steer_a_terminal_are_not_passed_on(demo: Any) -> None:
     assert demo.printable("a\x1b[31mb\nc\td\x9b1m\re") == "a\ufffd[31mb\nc\td\ufffd1m\ufffde"
 
 
+def test_what_does_not_fit_into_the_memory_is_one_sentence(
+    demo: Any, chat_folder: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    def too_much(*_: Any, **__: Any) -> None:
+        torch.empty(2**50)
+
+    for name, code, said in (
+        ("stream", 1, "the answer does not fit"),
+        ("load_pretrained", 2, "does not fit into the memory"),
+    ):
+        monkeypatch.setattr(demo, name, too_much)
+        assert demo.main(["--model", str(chat_folder), "--prompt", "ab", *FAST]) == code
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("chosen", "small", "threads"), [(None, None, 1), ("2", None, 2), (None, 1, 2)])
 def test_a_small_network_stays_on_one_thread_unless_the_environment_says_more(
     demo: Any, chat_folder: Path, monkeypatch: Any, chosen: str | None, small: int | None, threads: int

@@ -11,6 +11,7 @@ from typing import Any
 from dllm_var.text.chat import Message
 
 FIELDS = ("instruction", "input", "output")
+LIST = " Of a JSON list make a line per object: jq -c '.[]' LIST.json > LINES.jsonl"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def parse_line(raw: bytes) -> Instruction:
         sentence = f"byte {error.start + 1} of the line is not UTF-8: save the file in that encoding."
         raise BadLine("not UTF-8", sentence) from error
     except (ValueError, RecursionError) as error:
-        raise BadLine("not JSON", f"the line is not valid JSON ({error}).") from error
+        sentence = f"the line is not valid JSON ({error}).{LIST if raw.lstrip()[:1] == b'[' else ''}"
+        raise BadLine("not JSON", sentence) from error
     return check_record(record)
 
 
@@ -62,7 +64,10 @@ def check_record(record: Any) -> Instruction:
         BadLine: it is not an object; a field is not text; there is no output.
     """
     if not isinstance(record, dict):
-        raise BadLine("not an object", f"the line holds {_kind(record)}, not an object with instruction, input, output.")
+        more = LIST if isinstance(record, list) else ""
+        raise BadLine(
+            "not an object", f"the line holds {_kind(record)}, not an object with instruction, input, output.{more}"
+        )
     if "output" not in record:
         raise BadLine("no output field", f"the field 'output' is missing (the line has {', '.join(record) or 'no fields'}).")
     instruction, extra, output = (_text(record, name) for name in FIELDS)

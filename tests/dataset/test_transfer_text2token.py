@@ -414,3 +414,18 @@ def test_two_workers_write_the_same_file_as_one(folder, tmp_path, tokenizer_fold
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     assert summary_of(tmp_path / "two.jsonl") == summary_of(tmp_path / "one.jsonl")
     assert "804   from 2,004 lines" in done.stdout
+
+
+def test_files_in_linked_folders_are_read_and_links_to_nothing_or_in_a_circle_are_refused(tmp_path):
+    write_lines(tmp_path / "elsewhere" / "more.jsonl", GOOD)
+    folder = tmp_path / "in"
+    write_lines(folder / "own.jsonl", GOOD)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    assert [source.name for source in transfer.find_sources(folder)] == ["linked/more.jsonl", "own.jsonl"]
+    (folder / "gone.json").symlink_to(tmp_path / "nowhere.json")
+    with pytest.raises(ValueError, match=r"gone\.json' is a link to nothing: mend or remove it"):
+        transfer.find_sources(folder)
+    (folder / "gone.json").unlink()
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    with pytest.raises(ValueError, match=r"linked/back' is a link to a folder that it lies in: remove it"):
+        transfer.find_sources(folder)
