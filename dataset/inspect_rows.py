@@ -111,6 +111,8 @@ def main() -> None:
             console.print(text)
     except ValueError as error:
         sys.exit(f"inspect_rows.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -207,6 +207,8 @@ def main() -> None:
         )  # fmt: skip
     except ValueError as error:
         sys.exit(f"export.py: {error}")
+    except OSError as error:
+        sys.exit(f"export.py: {error.filename or target} cannot be written ({error.strerror}): give another --output.")
     summary = made.summary
     print(f"{target}: {summary.parameters:,} parameters, {summary.nbytes / 1e9:.3f} GB, {len(summary.files)} weight file(s)")
     print("reopened: every logit is the same, bit for bit (largest difference 0)")

@@ -189,6 +189,10 @@ def test_an_earlier_export_that_cannot_be_moved_stays(
         (["--model", "tests"], "not a checkpoint folder"),
         (["--model", "tiny", "--base", "tiny"], "base='tiny' only goes with an adapter"),
         (["--model", "tiny", "--output", "tests"], "holds files that no export of ours wrote"),
+        (
+            ["--model", "tiny", "--output", "README.md/new"],
+            r"README\.md.* cannot be written \((Not a directory|File exists)\)",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(export: Export, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
