@@ -3,6 +3,7 @@
 # How: bash scripts/train_tiny.sh [RUN_FOLDER] [hydra overrides of the masked stages …]; run it again after any stop, it goes on
 # where it was. The finished model, measured and with its card, is RUN_FOLDER/bundle. STAGE_STEPS="4000 1000 1500 10000 6000"
 # says how many optimizer steps each of the five stages takes, 0 leaves one out; TRAIN_ONLY=1 ends when the last one is trained.
+# SEED=2 is another run on the same samples: other first weights, other masks, other rows (default 1, that of the bundled model).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 run="${1:-$root/runs/tiny}"
@@ -10,6 +11,7 @@ shift $(($# > 0 ? 1 : 0))
 python="${PYTHON:-$root/.venv/bin/python}"
 command -v "$python" >/dev/null || { echo "there is no $python: run bash install.sh first, or give PYTHON=…" >&2; exit 1; }
 threads="${THREADS:-$(nproc)}"
+seed="${SEED:-1}"
 read -r -a steps <<< "${STAGE_STEPS:-4000 1000 1500 10000 6000}"
 [[ "${steps[*]}" =~ ^([0-9]+\ ){4}[1-9][0-9]*$ ]] ||
   { echo "STAGE_STEPS is '${STAGE_STEPS:-}': give five numbers of steps, the last above 0, such as '4000 1000 1500 10000 6000'" >&2; exit 1; }
@@ -40,7 +42,7 @@ sft() { # all stages: the same optimizer and seed
   "$python" "$root/sft_training/sft.py" dataset.files="$run/train.jsonl" model.tokenizer="$run/start" \
     packing.attention=sample training.grad_accum_steps=1 training.optimizer=muon \
     'training.betas=[0.9,0.98]' training.schedule=wsd training.warmup_steps=100 \
-    training.compile=true training.threads="$threads" training.seed=1 \
+    training.compile=true training.threads="$threads" training.seed="$seed" \
     training.save_steps=250 training.save_total_limit=2 training.logging_steps=10 "$@"
 }
 

@@ -15,7 +15,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from sft_training.checkpoints import PARTIAL, checkpoints_in, step_of
+from sft_training.checkpoints import PARTIAL, POSITION_FILE, checkpoints_in, step_of
 from sft_training.config import ModelSection
 from sft_training.overrides import check_folder
 from sft_training.records import CONFIG_FILE, CURVE_FILE, METRICS_FILE, RUN_FILE, read_run, write_run
@@ -86,7 +86,8 @@ def check_place(run: Path) -> None:
         ValueError: it cannot be a folder, or holds what a run would take for its own, but no run of ours wrote.
     """
     check_folder("output_dir", run)
-    theirs = [] if (run / RUN_FILE).is_file() else sorted(path.name for name in LEFT for path in run.glob(name))
+    found = [] if (run / RUN_FILE).is_file() else sorted(path for name in LEFT for path in run.glob(name))
+    theirs = [path.name for path in found if not (path / POSITION_FILE).is_file()]  # our own may have moved here
     if theirs:
         raise ValueError(
             f"output_dir={run} holds {', '.join(theirs[:4])}, but no {RUN_FILE}, so no run of this program wrote it, and a "

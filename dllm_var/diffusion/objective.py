@@ -51,7 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _scaled(value: Tensor, by: Tensor) -> Tensor:
     """Value · by, multiplied in float32 a piece at a time: 1/3, the weight of one of three micro-batches, is no bfloat16."""
     scaled = torch.empty_like(value)
-    for piece, out in zip(value.split(4096), scaled.split(4096), strict=True):
+    for piece, out in zip(torch.split(value, 4096), torch.split(scaled, 4096), strict=True):
         out.copy_(piece.float() * by)
     return scaled
 

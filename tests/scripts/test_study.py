@@ -169,6 +169,13 @@ def test_a_stage_of_no_steps_is_left_out_and_the_next_goes_on_from_the_one_befor
     assert (trained.training.max_steps, trained.training.decay_steps) == (20, 0)
 
 
+@pytest.mark.parametrize(("given", "seed"), [({}, 1), ({"SEED": "2"}, 2)])
+def test_the_seed_is_that_of_every_stage(tmp_path: Path, given: dict[str, str], seed: int) -> None:
+    ran, calls = study(tmp_path, script="train_tiny.sh", STAGE_STEPS="40 30 20 1000 1000", TRAIN_ONLY="1", **given)
+    assert ran.returncode == 0, ran.stderr
+    assert [compose_settings(call[1:]).training.seed for call in calls if call[0].endswith("sft.py")] == [seed] * 3
+
+
 def test_every_way_of_decoding_answers_every_task(measure: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for options in measure.WAYS.values():
         for name in ("gen_length", "max_gen_length"):
