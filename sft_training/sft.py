@@ -314,7 +314,7 @@ def _main(composed: DictConfig) -> None:
             raise
         raise SystemExit(f"sft.py: {error}") from error
     except KeyboardInterrupt:
-        sys.exit("sft.py: stopped before the first step; nothing was trained.")
+        sys.exit("sft.py: interrupted; what was saved is whole, and the same command goes on from there.")
 
 
 def main() -> None:
