@@ -8,8 +8,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-THREADS = 1024  # torch dies without a word of many more
-
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """A whole number from ``least`` to ``most``."""

@@ -52,7 +52,8 @@ from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.model.speed import compile_network, quantize_int8
 from dllm_var.text.chat import decode_text
 from dllm_var.text.special_tokens import SpecialTokens
-from evaluation.arguments import THREADS, new_file, whole
+from evaluation.arguments import new_file, whole
+from sft_training.config import MOST_THREADS
 
 SEED = 40_000  # of the held-out problems; those of the other measurements are others
 BLOCK, MAX_GEN_LENGTH, THRESHOLD = 32, 1024, 0.9
@@ -317,7 +318,7 @@ def main() -> None:
     parser.add_argument("--problems", type=whole(7), default=12, help="rounds of one problem each, one request at a time")
     parser.add_argument("--rounds", type=whole(7), default=7, help="rounds of the engine and of the large model")
     parser.add_argument("--accuracy", type=whole(1), default=50, help="problems per task for exact match")
-    parser.add_argument("--threads", type=whole(1, THREADS), default=1)
+    parser.add_argument("--threads", type=whole(1, MOST_THREADS), default=1)
     parser.add_argument("--output", type=new_file, help="also write the JSON line to this file")
     parser.add_argument("--check", type=Path, metavar="FILE", help="only hold this result against the bars")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only print this result as Markdown")

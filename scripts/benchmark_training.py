@@ -48,7 +48,8 @@ from dllm_var.diffusion.packing import Packer
 from dllm_var.model.config import LLaDAConfig
 from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.text.chat import render_sample
-from evaluation.arguments import THREADS, new_file, whole
+from evaluation.arguments import new_file, whole
+from sft_training.config import MOST_THREADS
 from sft_training.overrides import compose_settings
 from sft_training.sft import prepare
 
@@ -334,7 +335,7 @@ def main() -> None:
     parser.add_argument("--length", type=whole(1), default=1024, help="tokens of a packed row")
     parser.add_argument("--rows", type=whole(1), default=2, help="packed rows of a micro-batch")
     parser.add_argument("--rounds", type=whole(0), default=ROUNDS, help="timed rounds; 0: exact columns only")
-    parser.add_argument("--threads", type=whole(1, THREADS), default=1)
+    parser.add_argument("--threads", type=whole(1, MOST_THREADS), default=1)
     parser.add_argument("--output", type=new_file, help="also write the JSON line to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -21,7 +21,8 @@ from rich.progress import Progress
 import dllm_var
 from dllm_var import Generation, GenerationConfig, Pretrained
 from dllm_var.engine import Engine
-from evaluation.arguments import THREADS, new_file, whole
+from evaluation.arguments import new_file, whole
+from sft_training.config import MOST_THREADS
 
 WAYS = (
     GenerationConfig(max_gen_length=64, block_length=16),
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--requests", type=whole(1), default=10_000)
     parser.add_argument("--rows", type=whole(1), default=16, help="requests decoded at a time")
     parser.add_argument("--seed", type=whole(0), default=0)
-    parser.add_argument("--threads", type=whole(1, THREADS), default=1)
+    parser.add_argument("--threads", type=whole(1, MOST_THREADS), default=1)
     parser.add_argument("--output", type=new_file, help="also write the JSON line to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
