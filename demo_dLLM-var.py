@@ -241,6 +241,8 @@ def summary(result: Generation, seconds: float) -> str:
 def run() -> int:
     """`main`, with the ways in which a terminal or a pipe ends it."""
     signal.signal(signal.SIGINT, CTRL_C)
+    sys.stdin = sys.stdin or io.StringIO()  # None where whoever started this has closed it
+    sys.stdout = sys.stdout or io.StringIO()
     try:
         return main()
     except KeyboardInterrupt:

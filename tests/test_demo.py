@@ -254,6 +254,13 @@ def test_ctrl_c_in_the_middle_of_an_answer_ends_without_a_traceback(chat_folder:
     assert "Traceback" not in terminal.seen
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_a_closed_input_has_no_questions_and_a_closed_output_no_reader(chat_folder: Path, closed: str) -> None:
+    command = f'exec "{sys.executable}" "{DEMO}" --plain --model "{chat_folder}" {closed}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_ctrl_c_while_the_demo_is_still_importing_ends_without_a_traceback() -> None:
     command = [sys.executable, "-X", "importtime", str(DEMO), "--prompt", "rep xy 3", "--plain"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=DEMO.parent) as demo:
