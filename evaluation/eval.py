@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import numpy as np
@@ -233,14 +233,22 @@ def _main(composed: DictConfig) -> None:
         refuse(
             ValueError("the memory is not enough: lower batch_size or the length of the answers, or take a smaller model.")
         )
+    except OSError as error:  # a full disk, for one
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        refuse(
+            ValueError(f"{error}. The answers given so far are in {composed.output_dir}: the same command goes on there.")
+        )
     except KeyboardInterrupt:
-        told = f"eval.py: stopped; the answers given so far are in {composed.output_dir}: the same command goes on there."
-        raise SystemExit(told if os.environ.get("RANK", "0") == "0" else 1) from None
+        if os.environ.get("RANK", "0") == "0":
+            kept = f"the answers given so far are in {composed.output_dir}: the same command goes on there."
+            print(f"eval.py: stopped; {kept}", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
         part()
 
 
-def refuse(error: ValueError) -> None:
+def refuse(error: ValueError) -> NoReturn:
     """One sentence, from the first process, and exit code 2."""
     if os.environ.get("RANK", "0") == "0":
         print(f"eval.py: {error}", file=sys.stderr)

@@ -209,6 +209,8 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", help="output folders of finished evaluations")
     parser.add_argument("--plot", type=new_file, metavar="FILE.png", help="also draw accuracy against forwards")
     args = parser.parse_args()
+    if args.plot is not None and args.plot.suffix != ".png":
+        parser.error(f"--plot {args.plot}: the picture is a .png file")
     reports = []
     for folder in args.folders:
         try:

@@ -45,6 +45,7 @@ given=("model.path=${PRETRAINED_PATH:-tiny}" "batch_size=$BATCH_SIZE")
 [[ -z ${DATASET_PATH:-} ]] || given+=("dataset.path=$DATASET_PATH")
 [[ -z ${LIMIT:-} ]] || given+=("limit=$LIMIT")
 
+trap 'exit 130' INT # Ctrl-C ends the whole protocol, not one task of it
 failed=() complete=()
 for task in $TASKS; do
   lengths=("generation.block_length=$BLOCK_LENGTH" "generation.max_gen_length=$MAX_GEN_LENGTH")

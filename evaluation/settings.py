@@ -160,8 +160,8 @@ def _check_task(config: EvalConfig) -> None:
     section = config.dataset
     if section.num_fewshot is not None and section.num_fewshot < 0:
         raise ValueError(f"dataset.num_fewshot={section.num_fewshot}: give at least 0, or null for the protocol's number.")
-    if section.builtin and section.path is not None:
-        raise ValueError(f"dataset.path={section.path!r} is read by our own tasks only: leave out dataset.builtin=true.")
+    if section.builtin:
+        task_files.check_builtin(section.name, section.path)
     if section.builtin and section.name not in task_files.TASK_NAMES:
         return  # known to the harness or not: that takes a long look at all its tasks
     task_files.check(section.name, config.data_folder, section.num_fewshot)

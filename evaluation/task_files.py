@@ -124,6 +124,22 @@ def check(name: str, path: Path | None, num_fewshot: int | None = None) -> None:
         read(name, path)
 
 
+def check_builtin(name: str, path: object) -> None:
+    """Whether a task may be the harness's own.
+
+    Raises:
+        ValueError: it is only ours, local files are given, or scoring it would run programs outside the sandbox.
+    """
+    if path is not None or name == "tiny":
+        what = "dataset.name=tiny" if name == "tiny" else f"dataset.path={path}"
+        raise ValueError(f"{what} goes with our own task files only: leave dataset.builtin out.")
+    if name in TASK_NAMES and TASK_NAMES[name].runs_programs:
+        raise ValueError(
+            f"dataset.builtin=true: the harness would run the programs of {name} outside a sandbox. Leave dataset.builtin "
+            "out: ours asks the same problems and runs them in one."
+        )
+
+
 def load_tasks(
     name: str,
     *,
@@ -146,19 +162,16 @@ def load_tasks(
         builtin: the task as the harness has it, with its data from the hub.
 
     Raises:
-        ValueError: as `check`; no consent; data that are neither here nor on the hub; a task that the harness cannot load.
+        ValueError: as `check` and `check_builtin`; no consent; data that are neither here nor on the hub; a task that the
+            harness cannot load.
     """
     from evaluation.tasks import build  # the harness takes seconds to import; `check` must not wait for it
 
     if builtin:
+        check_builtin(name, path)
         known = TASK_NAMES.get(name)
-        if path is not None or name == "tiny":
-            what = "dataset.name=tiny" if name == "tiny" else f"dataset.path={path}"
-            raise ValueError(f"{what} goes with our own task files only: leave dataset.builtin out.")
         if known is None:
             return build.builtin(name, None, num_fewshot, seed)
-        if known.runs_programs:
-            require_consent(confirm_run_unsafe_code)
         shots = known.shots if num_fewshot is None else num_fewshot
         return build.builtin(known.harness_name, list(known.harness_folders), shots, seed)
 
@@ -225,6 +238,10 @@ def _rows(name: str, file: Path) -> list[Row]:
                     raise ValueError(f"{at} holds {row[column]!r} where {TYPES[kind]} belongs.")
                 if kind is list and len(row[column]) < facts.entries.get(column, 1):
                     raise ValueError(f"{at} has {len(row[column])} entries, {facts.entries.get(column, 1)} are needed.")
+            if name == "mmlu" and not 0 <= row["answer"] < len(row["choices"]):
+                raise ValueError(
+                    f"{file}, {place}, column 'answer' holds {row['answer']}: the choices are numbered from 0 on."
+                )
             rows.append({column: row[column] for column in facts.columns})
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no UTF-8 text: {error.reason}.") from error

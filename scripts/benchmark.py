@@ -282,12 +282,13 @@ def formats(bundled: Pretrained, rounds: int) -> dict[str, Any]:
     }
 
 
-def accuracy(model: Pretrained, twin: Pretrained | None, each: int) -> dict[str, Any]:
-    """Exact match per task of ours and of the autoregressive model, on the same problems."""
+def accuracy(model: Pretrained, twin: Pretrained | None, every: dict[str, list[Problem]]) -> dict[str, Any]:
+    """Exact match per task of ours and of the autoregressive model, on the same problems, as many of each task."""
+    each = len(next(iter(every.values())))
     config = GenerationConfig(**GROWING, threshold=THRESHOLD)
     right: dict[str, dict[str, float]] = {OURS: {}}
-    for task in track(TASKS, "accuracy", transient=True, disable=not sys.stderr.isatty()):
-        problems = fresh_prompts(task, SEED, each)
+    for task in track(every, "accuracy", transient=True, disable=not sys.stderr.isatty()):
+        problems = every[task]
         asked, wanted = [p.instruction for p in problems], [p.output for p in problems]
         made = dllm_var.generate(model, asked, config, batch_size=16)
         right[OURS][task] = sum(a.stop_reason == "eos" and a.text == w for a, w in zip(made, wanted, strict=True)) / each
@@ -320,8 +321,9 @@ def main() -> None:
     parser.add_argument("--accuracy", type=whole(1), default=50, help="problems per task for exact match")
     parser.add_argument("--threads", type=whole(1, MOST_THREADS), default=1)
     parser.add_argument("--output", type=new_file, help="also write the JSON line to this file")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="only hold this result against the bars")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="only print this result as Markdown")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--check", type=Path, metavar="FILE", help="only hold this result against the bars")
+    only.add_argument("--table", type=Path, metavar="FILE", help="only print this result as Markdown")
     args = parser.parse_args()
     for file in filter(None, (args.check, args.table)):
         try:
@@ -329,30 +331,32 @@ def main() -> None:
             absent = [part for part in PARTS if part not in result]
             if absent:
                 raise ValueError(f"it has no {', '.join(absent)}")
-        except (OSError, ValueError, TypeError) as error:
-            parser.error(f"{file} cannot be read as a result of this script: {error}")
+            shown, missed = tables(result), failures(result)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            parser.error(f"{file} cannot be read as a result of this script: {error!r}")
         if args.check is None:
-            print(tables(result))
+            print(shown)
             return
-        missed = failures(result)
         print("\n".join(missed) or "Every bar is met.")
         sys.exit(bool(missed))
     torch.set_num_threads(args.threads)
-    try:
+    try:  # what can be wrong is told before the first of many minutes
+        every = {task: fresh_prompts(task, SEED, args.accuracy) for task in TASKS}
+        few = chosen(args.problems)
         model = dllm_var.load_pretrained(args.model)
         twin = None if args.twin is None else dllm_var.load_pretrained(args.twin)
     except ValueError as error:
         parser.error(str(error))
     many = chosen(64)
     result = {"environment": environment(args.threads), "holding": holding_length(model, chosen(600))}
-    result["single"] = one_at_a_time(model, chosen(args.problems), twin, result["holding"], args.rounds)
+    result["single"] = one_at_a_time(model, few, twin, result["holding"], args.rounds)
     result["engine"] = many_at_a_time(model, many, args.rounds)
     result["large"] = large(args.rounds)
     result["formats"] = formats(model, args.rounds)
-    result["accuracy"] = accuracy(model, twin, args.accuracy)
+    result["accuracy"] = accuracy(model, twin, every)
     rates = result["environment"]["matmul_rate"], result["environment"]["copy_rate"]
     with recorded(model.model) as record:
-        for problem in chosen(args.problems):
+        for problem in few:
             dllm_var.generate(model, [problem.instruction], GenerationConfig(**result["single"]["ways"][OURS]))
     result["at_best"] = seconds_at_best(model.model.config, record.shapes, 4, *rates) / args.problems
     line = json.dumps(result)

@@ -79,14 +79,14 @@ def main() -> None:
     parser.add_argument("--output", type=new_file, help="also write the JSON line to this file")
     args = parser.parse_args()
     try:
+        asked = {task: fresh_prompts(task, HELD_OUT_SEED + args.seed, args.prompts) for task in TASKS}
         pretrained = load_pretrained(args.model)
     except ValueError as error:
         parser.error(str(error))
     tokenizer, special = pretrained.tokenizer, pretrained.special
     llama = as_llama(pretrained.model, special)
     table, exact = Table("task", "exact match"), {}
-    for task in TASKS:
-        problems = fresh_prompts(task, HELD_OUT_SEED + args.seed, args.prompts)
+    for task, problems in asked.items():
         answers: list[str | None] = []
         for i in range(0, len(problems), 50):
             answers += answer(llama, tokenizer, special, [p.instruction for p in problems[i : i + 50]])

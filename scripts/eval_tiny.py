@@ -53,16 +53,16 @@ class Score:
         )
 
 
-def measure(model: Pretrained, setting: dict[str, Any], args: argparse.Namespace, progress: Progress) -> dict[str, Score]:
+def measure(
+    model: Pretrained, config: GenerationConfig, asked: dict[str, list[Problem]], batch_size: int, progress: Progress
+) -> dict[str, Score]:
     """Scores of every task under one setting."""
-    config = GenerationConfig(threshold=args.threshold, **setting)
     scores = {}
-    for task in args.tasks:
-        problems = fresh_prompts(task, HELD_OUT_SEED + args.seed, args.prompts)
+    for task, problems in asked.items():
         line = progress.add_task(f"  {task}", total=len(problems))
         answers: list[Generation] = []
-        for i in range(0, len(problems), args.batch_size):
-            batch = [p.instruction for p in problems[i : i + args.batch_size]]
+        for i in range(0, len(problems), batch_size):
+            batch = [p.instruction for p in problems[i : i + batch_size]]
             answers += dllm_var.generate(model, batch, config)
             progress.update(line, completed=len(answers))
         progress.remove_task(line)
@@ -102,13 +102,15 @@ def main() -> None:
     parser.add_argument("--output", type=new_file, help="also write the JSON line to this file")
     args = parser.parse_args()
     try:
+        asked = {task: fresh_prompts(task, HELD_OUT_SEED + args.seed, args.prompts) for task in args.tasks}
         model = dllm_var.load_pretrained(args.model)
     except ValueError as error:
         parser.error(str(error))
     console, started, results = Console(), time.time(), {}
     for name in args.settings:
+        config = GenerationConfig(threshold=args.threshold, **(SETTINGS | STUDIES)[name])
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            results[name] = measure(model, (SETTINGS | STUDIES)[name], args, progress)
+            results[name] = measure(model, config, asked, args.batch_size, progress)
         show(console, name, results[name])
     line = json.dumps(
         {

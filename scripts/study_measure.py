@@ -3,7 +3,7 @@ answers are.
 
 How: called by ``study.sh``; ``python scripts/study_measure.py --model FOLDER --output FILE.json``. A model trained with
 ``loss.name=next_token`` (``--autoregressive``) is answered with token by token. Outcomes are those of
-``evaluation/length_calibration.py``. A file that is there already is left as it is.
+``evaluation/length_calibration.py``. A file of the same problems and ways is left as it is.
 """
 
 import dllm_var.quiet  # isort: skip (before transformers)
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from eval_ar_twin import as_llama, continuations
@@ -96,6 +97,15 @@ def measure(
     return made
 
 
+def holds(file: Path, prompts: int, names: Sequence[str]) -> bool:
+    """Whether a file is a measurement of just so many problems in just these ways."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return found["prompts_per_task"] == prompts and {record["way"] for record in found["records"]} == set(names)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a checkpoint")
@@ -107,11 +117,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.ways and args.autoregressive:
         parser.error(f"--autoregressive has one way of decoding, {LEFT_TO_RIGHT}: leave --ways out")
+    names = [LEFT_TO_RIGHT] if args.autoregressive else args.ways or list(WAYS)
     if args.output.exists():
+        if not holds(args.output, args.prompts, names):
+            parser.error(f"--output {args.output} holds other problems or ways: delete it, or name another file")
         print(f"{args.output} is there already")
         return
     try:
-        records = measure(dllm_var.load_pretrained(args.model), args.autoregressive, args.prompts, args.ways or list(WAYS))
+        records = measure(dllm_var.load_pretrained(args.model), args.autoregressive, args.prompts, names)
     except ValueError as error:
         parser.error(str(error))
     result = {"fields": list(Outcome.__dataclass_fields__), "prompts_per_task": args.prompts, "records": records}

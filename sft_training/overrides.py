@@ -63,6 +63,8 @@ def check_folder(option: str, folder: Path) -> None:
     Raises:
         ValueError: naming the option.
     """
+    if folder == Path():
+        raise ValueError(f"{option} is empty, or the folder that you are in: name one of its own.")
     try:
         near = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     except OSError as error:

@@ -91,7 +91,7 @@ def builtin(name: str, folders: list[str] | None, shots: int | None, seed: int) 
         shots: None for the harness's own number. seed: of their choice, and of whatever the task draws while it loads.
 
     Raises:
-        ValueError: the harness has no such task, or cannot load it here.
+        ValueError: the harness has no such task, cannot load it here, or would run what the model writes.
     """
     paths = None if folders is None else [str(HARNESS / folder) for folder in folders]
     manager = TaskManager(include_path=paths, include_defaults=paths is None)
@@ -106,6 +106,11 @@ def builtin(name: str, folders: list[str] | None, shots: int | None, seed: int) 
         raise ValueError(f"the harness's own task {name} cannot be loaded here: {reason}") from error
     for task in found["tasks"].values():
         assert isinstance(task, Task)
+        if getattr(task, "UNSAFE_CODE", False):
+            raise ValueError(
+                f"dataset.name={name}: to score {task.task_name} the harness runs what the model writes, outside a sandbox; "
+                "that is not done here. humaneval, humaneval_instruct and mbpp have one, without dataset.builtin."
+            )
         own = task.get_config("num_fewshot") or 0
         task.set_config(key="num_fewshot", value=own if shots is None else shots)
         task.set_fewshot_seed(seed)

@@ -104,8 +104,9 @@ def test_a_path_that_looks_like_a_number_stays_a_path() -> None:
         ("dataset.name=gsm8k dataset.path=/nowhere", r"dataset\.path=/nowhere is no folder"),
         (
             "dataset.name=gsm8k dataset.path=/nowhere dataset.builtin=true",
-            r"dataset\.path='/nowhere' is read by our own tasks",
+            r"dataset\.path=/nowhere goes with our own task files only",
         ),
+        ("dataset.name=mbpp dataset.builtin=true confirm_run_unsafe_code=true", "programs of mbpp outside a sandbox"),
         ("seed=[1", r"seed=\[1 cannot be read \(.*\)\. A value with signs like"),
     ],
 )

@@ -132,6 +132,13 @@ def test_a_folder_that_is_no_finished_run_is_told(
     assert told in capsys.readouterr().err
 
 
+def test_a_picture_that_is_no_png_is_refused_before_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["report.py", "nowhere", "--plot", "runs/x.foo"])
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "the picture is a .png file" in capsys.readouterr().err
+
+
 def test_an_unfinished_run_among_others_is_told_and_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,9 @@
 """The protocol's script: eight commands with the published settings, one folder each, and a table at the end."""
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,21 @@ def test_a_task_that_fails_stops_no_other_and_is_named_at_the_end(tmp_path: Path
     assert (tmp_path / "logs" / "summary.md").is_file()
     assert made.returncode == 2
     assert "run_batch.sh: not complete: bbh. What went wrong is told above" in made.stderr
+
+
+def test_ctrl_c_ends_the_whole_protocol_and_not_one_task_of_it(tmp_path: Path) -> None:
+    python = tmp_path / "python"  # ends as eval.py does, which has its own way with Ctrl-C
+    python.write_text(f'#!/bin/bash\ntrap "exit 1" INT\necho "$@" >>{tmp_path}/calls\nsleep 60 & wait\n', encoding="utf-8")
+    python.chmod(0o755)
+    environment = os.environ | {"TASKS": "gsm8k bbh", "LOG_PATH": "logs", "PYTHON": str(python)}
+    with subprocess.Popen(["bash", str(SCRIPT)], cwd=tmp_path, env=environment, start_new_session=True) as running:
+        while not (tmp_path / "calls").is_file():
+            time.sleep(0.05)
+        time.sleep(0.3)
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(20) == 130
+        os.killpg(running.pid, signal.SIGKILL)  # the sleep
+    assert len((tmp_path / "calls").read_text(encoding="utf-8").splitlines()) == 1
 
 
 @pytest.mark.parametrize(

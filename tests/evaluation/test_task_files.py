@@ -127,6 +127,14 @@ def test_a_bbh_file_of_another_shape_is_refused(folder):
     assert "column 'examples' is missing" in told(check, "bbh", folder)
 
 
+@pytest.mark.parametrize("answer", [-1, 4])
+def test_an_answer_that_is_none_of_the_choices_is_refused(folder, answer):
+    file = folder / "mmlu" / "test.jsonl"
+    row = json.loads(file.read_text().splitlines()[0])
+    file.write_text(json.dumps(row | {"answer": answer}))
+    assert f"{file}, line 1, column 'answer' holds {answer}" in told(check, "mmlu", folder)
+
+
 def test_a_list_that_is_too_short_is_refused(folder):
     file = folder / "mbpp" / "mbpp.jsonl"
     row = json.loads(file.read_text().splitlines()[1])
@@ -160,10 +168,16 @@ def test_files_with_no_document_of_the_task_are_refused(folder):
 
 
 @pytest.mark.parametrize("name", [name for name in TASK_NAMES if TASK_NAMES[name].runs_programs])
-@pytest.mark.parametrize("builtin", [False, True])
-def test_programs_need_consent(name, builtin):
-    path = None if builtin else DATA
-    assert "confirm_run_unsafe_code" in told(load, name, path, confirm_run_unsafe_code=False, builtin=builtin)
+def test_programs_need_consent_and_no_consent_lets_them_out_of_the_sandbox(name):
+    assert "confirm_run_unsafe_code" in told(load, name, DATA, confirm_run_unsafe_code=False)
+    assert f"the programs of {name} outside a sandbox" in told(load, name, None, builtin=True)
+
+
+def test_a_task_that_only_the_harness_has_and_that_runs_programs_is_refused(monkeypatch):
+    (task,) = load("gsm8k", DATA)["tasks"].values()
+    monkeypatch.setattr(task, "UNSAFE_CODE", True, raising=False)
+    monkeypatch.setattr(build.TaskManager, "load", lambda *given: {"tasks": {"gsm8k": task}})
+    assert "to score gsm8k the harness runs what the model writes" in told(build.builtin, "gsm8k_cot", ["gsm8k"], None, 1)
 
 
 def test_local_files_need_no_network(monkeypatch):

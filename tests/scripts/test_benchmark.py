@@ -166,7 +166,12 @@ def test_without_an_autoregressive_model_its_bar_is_not_met() -> None:
     assert failures(result) == ["no autoregressive model was measured: give --twin"]
 
 
-@pytest.mark.parametrize("text", ['{"single": {}}', "[]", "{"])
+ALL_WRONG = json.dumps(
+    dict.fromkeys(("environment", "holding", "single", "engine", "large", "formats", "accuracy", "at_best"), 1)
+)
+
+
+@pytest.mark.parametrize("text", ['{"single": {}}', "[]", "{", ALL_WRONG])
 def test_another_file_is_not_taken_for_a_result(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:

@@ -64,9 +64,16 @@ def test_the_last_line_is_json_with_every_figure_of_the_tables(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("--model", "nowhere"), "nowhere"), (("--prompts", "0"), "--prompts"), (("--tasks", "chess"), "chess")],
+    [
+        (("--model", "nowhere"), "nowhere"),
+        (("--prompts", "0"), "--prompts"),
+        (("--tasks", "chess"), "chess"),
+        (("--prompts", "700", "--tasks", "spell", "table"), "task table has no 700 different held-out problems"),
+    ],
 )
-def test_a_wrong_argument_is_named_in_one_sentence(arguments: tuple[str, ...], message: str) -> None:
+def test_a_wrong_argument_is_named_in_one_sentence_before_anything_is_measured(
+    arguments: tuple[str, ...], message: str
+) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert message in done.stderr

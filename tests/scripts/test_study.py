@@ -193,6 +193,17 @@ def test_a_quarter_of_the_problems_is_answered_on_canvases(measure: ModuleType) 
     assert {(r["way"], len(r["outcomes"])) for r in records} == {("EOS-led blocks", 5), ("pure diffusion 64", 2)}
 
 
+def test_only_a_file_of_the_same_problems_and_ways_is_left_as_it_is(measure: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    for text in ("", "[]", '{"records": []}'):
+        file.write_text(text, encoding="utf-8")
+        assert not measure.holds(file, 3, ["DAEDAL"])
+    file.write_text(json.dumps({"prompts_per_task": 3, "records": [{"way": "DAEDAL"}, {"way": "DAEDAL"}]}), encoding="utf-8")
+    assert measure.holds(file, 3, ["DAEDAL"])
+    assert not measure.holds(file, 4, ["DAEDAL"])
+    assert not measure.holds(file, 3, ["DAEDAL", "EOS-led blocks"])
+
+
 def test_an_autoregressive_answer_takes_a_forward_for_each_token(measure: ModuleType) -> None:
     model = load_pretrained("tiny")
     records = measure.measure(model, True, 1)

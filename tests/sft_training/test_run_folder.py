@@ -94,6 +94,8 @@ def test_a_folder_that_no_run_of_ours_wrote_is_refused_untouched(
 
 def test_a_place_where_no_folder_can_be_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="output_dir is empty, or the folder that you are in"):
+        check_place(Path(""))
     with pytest.raises(ValueError, match=r"output_dir=.*file is a file: give a folder\."):
         take(tmp_path / "file" / "below")
     with pytest.raises(ValueError, match=r"output_dir=.* cannot be a folder \(File name too long\)"):
