@@ -26,13 +26,14 @@ def convert_line(line: str, drop_calculator: bool) -> dict[str, str | None]:
     """
     try:
         problem = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the line is not valid JSON ({error}).") from error
     if not isinstance(problem, dict):
         raise ValueError("the line is not an object with question and answer.")
     for name in ("question", "answer"):
         if not isinstance(problem.get(name), str) or not problem[name].strip():
             raise ValueError(f"the field {name!r} is missing, empty or not text.")
+        problem[name].encode("utf-8")
     answer = CALCULATOR.sub("", problem["answer"]) if drop_calculator else problem["answer"]
     return {"instruction": problem["question"], "input": None, "output": answer}
 
@@ -48,7 +49,7 @@ def convert_file(source: Path, target: Path, drop_calculator: bool) -> int:
         if not raw.strip():
             continue
         try:
-            records.append(convert_line(raw.decode("utf-8"), drop_calculator))
+            records.append(convert_line(raw.decode("utf-8-sig"), drop_calculator))
         except ValueError as error:
             raise ValueError(f"{source}:{number}: {error}") from error
     if not records:

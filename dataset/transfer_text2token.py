@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
+from dllm_var.model.shards import some
 from dllm_var.text.chat import TEMPLATES, render_sample
 from dllm_var.text.instructions import BadLine, parse_line, to_messages
 from dllm_var.text.part_file import PartFile
@@ -199,6 +200,8 @@ def data_files(folder: Path) -> Iterator[Path]:
         for path in paths:
             if not path.exists():
                 raise ValueError(f"{str(path)!r} is a link to nothing: mend or remove it.")
+            if any("\ud800" <= letter <= "\udfff" for letter in str(path)):  # bytes, as Python shows them
+                raise ValueError(f"the name {str(path)!r} is not UTF-8: rename it.")
         yield from (path for path in paths if path.is_file())
         for inner in (Path(place) / name for name in folders):
             if inner.is_symlink() and inner.resolve() in map(Path.resolve, inner.parents):
@@ -224,6 +227,26 @@ def find_sources(folder: Path) -> list[Source]:
         Source(path, path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns)
         for path, stat in zip(found, stats, strict=True)
     ]
+
+
+def not_read(folder: Path) -> list[str]:
+    """The files below a folder that are no JSON files by their names; hidden ones do not count."""
+    inside = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in inside if path.suffix not in (".jsonl", ".json") and path.name[0] != ".")
+
+
+def check_output(output: Path, folder: Path, sources: list[Source]) -> None:
+    """Whether the output would be read as input by a later run, through links too.
+
+    Raises:
+        ValueError: it would.
+    """
+    places = {place.resolve() for source in sources for place in source.path.parents if place.is_relative_to(folder)}
+    if output.parent.resolve() in places:
+        raise ValueError(
+            f"--output_file {str(output)!r} lies where --input_dir leads, and a later run would read it as input: put it "
+            "elsewhere."
+        )
 
 
 def read_chunks(sources: list[Source], start: SafePoint) -> Iterator[Chunk]:
@@ -350,7 +373,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         tokenizer = load_tokenizer(args.tokenizer_model)
         render_sample(tokenizer, [{"role": "user", "content": "?"}], "!", args.template)  # are the template's tokens there?
-        print(run(args, tokenizer, find_sources(args.input_dir)))
+        sources = find_sources(args.input_dir)
+        check_output(args.output_file, args.input_dir, sources)
+        if others := not_read(args.input_dir):
+            print(f"not read, since they end neither in .jsonl nor in .json: {some(others)}", file=sys.stderr)
+        print(run(args, tokenizer, sources))
     except (BadData, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -169,7 +169,8 @@ def check_target(folder: Path) -> None:
 
 def write_hashes(folder: Path) -> None:
     """SHA256SUMS for all files of a folder, in the form that ``sha256sum -c`` reads."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != HASHES)
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = sorted(name for name in files if name != HASHES)
     (folder / HASHES).write_text("".join(f"{file_hash(folder / name)}  {name}\n" for name in names), encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ from dllm_var.export import HASHES, check_target, release
 from dllm_var.model.adapter import is_adapter, read_adapter
 from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.pretrained import HUB_NAME, open_pretrained, resolve_folder
-from sft_training.records import read_metrics
+from sft_training.records import read_metrics, read_run, read_settings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RECIPE = ("model", "packing", "view", "forward_process", "loss", "precision", "adapter", "training")
@@ -90,8 +90,7 @@ def look_at(name: str) -> Source:
         source.base, source.base_hash = adapter.base, adapter.base_hash
     for place in (folder, folder.parent):
         if (place / "run.json").is_file() and (place / "config.yaml").is_file():
-            source.run = json.loads((place / "run.json").read_text(encoding="utf-8"))
-            source.settings = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
+            source.run, source.settings = read_run(place), read_settings(place)
             source.metrics = read_metrics(place)
             break
     return source

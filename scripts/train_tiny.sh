@@ -38,10 +38,14 @@ grep -qsx "$commit" "$run/commits" || echo "$commit" >> "$run/commits"
 # Large freed buffers stay with the process: page faults would otherwise cost a tenth of the time.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 export OMP_NUM_THREADS="$threads"
-sft() { # all stages: the same optimizer and seed
+least() { echo $(($1 < $2 ? $1 : $2)); }
+sft() { # STEPS DECAY_STEPS [more overrides]; all stages: the same optimizer and seed
+  local steps="$1" decay="$2"
+  shift 2
   "$python" "$root/sft_training/sft.py" dataset.files="$run/train.jsonl" model.tokenizer="$run/start" \
     packing.attention=sample training.grad_accum_steps=1 training.optimizer=muon \
-    'training.betas=[0.9,0.98]' training.schedule=wsd training.warmup_steps=100 \
+    'training.betas=[0.9,0.98]' training.schedule=wsd training.warmup_steps="$(least 100 $((steps - decay)))" \
+    training.max_steps="$steps" training.decay_steps="$decay" \
     training.compile=true training.threads="$threads" training.seed="$seed" \
     training.save_steps=250 training.save_total_limit=2 training.logging_steps=10 "$@"
 }
@@ -51,20 +55,23 @@ sft() { # all stages: the same optimizer and seed
 origin=(model=scratch model.config="$run/start")
 if ((steps[0] > 0)); then
   if [[ ! -e "$run/warm_up/final/config.json" ]]; then
-    sft "${origin[@]}" loss.name=next_token view.tail_share=0 view.tail_max=0 view.block_share=0 \
+    sft "${steps[0]}" $((steps[0] * 15 / 100 + (steps[0] < 7))) "${origin[@]}" \
+      loss.name=next_token view.tail_share=0 view.tail_max=0 view.block_share=0 \
       packing.max_length=288 training.local_batch_size=11 \
-      training.learning_rate=6e-3 training.max_steps="${steps[0]}" training.decay_steps=$((steps[0] * 15 / 100)) output_dir="$run/warm_up"
+      training.learning_rate=6e-3 output_dir="$run/warm_up"
   fi
   origin=(model=tiny model.path="$run/warm_up/final")
 fi
 
-fill() { # fill in masks; most samples are shown with all their blocks at once, in the very states that decoding meets
-  sft view.block_share=0.85 view.every_block=true view.tail_share=0.8 view.tail_max=32 \
+fill() { # STEPS DECAY_STEPS …: fill in masks; most samples are shown with all their blocks at once, in the states of decoding
+  local steps="$1" decay="$2"
+  shift 2
+  sft "$steps" "$decay" view.block_share=0.85 view.every_block=true view.tail_share=0.8 view.tail_max=32 \
     forward_process.t_per=sample forward_process.t_max=1.0 "$@"
 }
 if [[ -n "${ONE_STAGE:-}" ]]; then # the studies train a masked stage of their own and measure for themselves
-  fill "${origin[@]}" packing.max_length=576 training.local_batch_size=5 'view.block_lengths=[8,16,32]' \
-    forward_process.t_min=0.1 training.learning_rate=2e-3 training.max_steps=10000 training.decay_steps=7000 \
+  fill 10000 7000 "${origin[@]}" packing.max_length=576 training.local_batch_size=5 'view.block_lengths=[8,16,32]' \
+    forward_process.t_min=0.1 training.learning_rate=2e-3 \
     output_dir="$run/masked" "$@"
   exit
 fi
@@ -83,16 +90,17 @@ grow() { # STAGE STEPS DECAY_STEPS BLOCK_LENGTHS FIRST_LOOK_SHARE LEARNING_RATE 
   shift 6
   ((steps > 0)) || return 0
   if [[ ! -e "$run/$stage/final/config.json" ]]; then
-    fill "${origin[@]}" packing.max_length=384 training.local_batch_size=8 dataset.files="$run/more.jsonl" \
+    fill "$steps" "$decay" "${origin[@]}" packing.max_length=384 training.local_batch_size=8 \
+      dataset.files="$run/more.jsonl" \
       forward_process.t_min=0.2 view.block_lengths="$blocks" view.first_look_share="$first" \
-      training.learning_rate="$rate" training.max_steps="$steps" training.decay_steps="$decay" output_dir="$run/$stage" "$@"
+      training.learning_rate="$rate" output_dir="$run/$stage" "$@"
   fi
   origin=(model=tiny model.path="$run/$stage/final")
 }
 grow blocks_4 "${steps[1]}" 0 '[1,2,4]' 1.0 4e-3 training.schedule=constant "$@"
 grow blocks_16 "${steps[2]}" 0 '[4,8,16]' 0.8 3e-3 training.schedule=constant "$@"
-grow blocks_32 "${steps[3]}" $((steps[3] - 500)) '[16,32,32,32]' 0.6 3e-3 "$@"
-grow sft "${steps[4]}" $((steps[4] - 200)) '[16,32,32,32,32,32]' 0.6 1.5e-3 \
+grow blocks_32 "${steps[3]}" $((steps[3] - $(least 500 $((steps[3] / 2))))) '[16,32,32,32]' 0.6 3e-3 "$@"
+grow sft "${steps[4]}" $((steps[4] - $(least 200 $((steps[4] / 2))))) '[16,32,32,32,32,32]' 0.6 1.5e-3 \
   dataset.files="$run/last.jsonl" model.final_dtype=bf16 "$@"
 [[ -z "${TRAIN_ONLY:-}" ]] || exit 0
 

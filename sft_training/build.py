@@ -146,10 +146,15 @@ def check_ends(source: Source, stop: tuple[int, ...]) -> None:
     """Look for stop tokens in the first answers of a source: without any, a model would never learn where answers end.
 
     Raises:
-        ValueError: there is none, as where the ids are those of another tokenizer.
+        ValueError: there is none, as where the ids are those of another tokenizer; or there are no answers.
     """
     first = [source.samples[i] for i in range(min(FIRST_LOOK, len(source.samples)))]
     answers = [sample.ids[sample.response] for sample in first if sample.response.any()]
+    if first and not answers:
+        raise ValueError(
+            f"{source.name}: none of the first {len(first)} samples has a response to learn from: prompt_length is their "
+            "whole length, or loss_runs is empty."
+        )
     if answers and not any(np.isin(answer, stop).any() for answer in answers):
         raise ValueError(
             f"{source.name}: none of the first {len(answers)} responses holds a stop token ({', '.join(map(str, stop))}). "

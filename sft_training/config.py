@@ -208,6 +208,11 @@ def check(config: SftConfig) -> None:
             f"forward_process.edit_share={config.forward_process.edit_share} with loss.name={config.loss.name!r}: visible "
             "tokens can only be trained with plain_mean or token_sum_global."
         )
+    if config.view.block_share > 0 and config.loss.name == "next_token":
+        raise ValueError(
+            f"view.block_share={config.view.block_share} with loss.name='next_token': blocks are for filling in masks. Set "
+            "view.block_share=0."
+        )
     _choice("model.final_dtype", config.model.final_dtype, ("fp32", "bf16"))
     training = config.training
     _choice("training.optimizer", training.optimizer, OPTIMIZERS)
@@ -272,6 +277,11 @@ def _check_adapter(config: SftConfig) -> None:
     if not 0.0 <= adapter.dropout < 1.0:
         raise ValueError(f"adapter.dropout={adapter.dropout}: must be at least 0 and below 1.")
     if adapter.kind == "none":
+        for name, value in vars(adapter).items():
+            if value != getattr(AdapterSection(), name):
+                raise ValueError(
+                    f"adapter.{name}={value} has no effect without an adapter: add adapter=lora, or leave it out."
+                )
         return
     if not adapter.targets:
         raise ValueError(f"adapter.kind={adapter.kind!r} with adapter.targets=[]: name at least one layer.")

@@ -189,7 +189,7 @@ class RowStream(IterableDataset[Row]):
         if "sources" not in state:
             state = self._with_sources(state)
         for name, ours in (("samples", self.mixture.fingerprint()), ("settings", self._settings())):
-            if state[name] != ours:
+            if state[name] != ours or list(state[name]) != list(ours):  # draws go by the order of the sources
                 raise ValueError(
                     f"the saved run had other {name} of the data, so it cannot be taken up exactly: {state[name]} there, "
                     f"{ours} here. Give the same files and settings, or start anew with resume=never."

@@ -131,7 +131,8 @@ def check_overrides(arguments: Sequence[str], schema: type = SftConfig, groups: 
 
 
 def _keep_word(argument: str, schema: type) -> str:
-    """An override with quotes where a word is wanted and Hydra would read a number (1e5) or nothing at all (a=b.jsonl)."""
+    """An override with quotes where a word is wanted and Hydra would read a number (1e5), several words (a,b), or nothing at
+    all (a=b.jsonl)."""
     key, sign, value = argument.partition("=")
     node: Any = schema
     for part in key.lstrip("+").split("."):
@@ -139,7 +140,8 @@ def _keep_word(argument: str, schema: type) -> str:
     if not sign or node not in (str, str | None, Any):
         return argument
     try:
-        quoted = isinstance(OverridesParser.create().parse_override(argument).value(), bool | int | float)
+        override = OverridesParser.create().parse_override(argument)
+        quoted = override.is_sweep_override() or isinstance(override.value(), bool | int | float)
     except HydraException:
         quoted = True
     escaped = value.replace("'", "\\'")

@@ -14,6 +14,7 @@ import yaml
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dllm_var.model.shards import read_json
 from sft_training.data import Counts
 
 METRICS_FILE = "metrics.jsonl"
@@ -100,7 +101,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl so far; a last line that a kill cut short does not count."""
     file = folder / METRICS_FILE
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise ValueError(f"{file} has a line that is no JSON: {error}") from error
 
 
 def forget_metrics_after(folder: Path, step: int) -> None:
@@ -131,9 +135,23 @@ def draw_curve(folder: Path) -> None:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """What run.json says so far."""
-    file = folder / RUN_FILE
-    known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return known
+    return read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The resolved settings of a run, section by section; empty where none were noted.
+
+    Raises:
+        ValueError: the file is not as a run writes it.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("model", {}), dict):
+        raise ValueError(f"{file} holds no settings of a run.")
+    return found
 
 
 def write_run(folder: Path, facts: dict[str, Any]) -> None:

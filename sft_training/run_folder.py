@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from sft_training.checkpoints import PARTIAL, POSITION_FILE, checkpoints_in, step_of
 from sft_training.config import ModelSection
 from sft_training.overrides import check_folder
-from sft_training.records import CONFIG_FILE, CURVE_FILE, METRICS_FILE, RUN_FILE, read_run, write_run
+from sft_training.records import CONFIG_FILE, CURVE_FILE, METRICS_FILE, RUN_FILE, read_run, read_settings, write_run
 
 FINAL = "final"
 LOCK_FILE = ".lock"
@@ -101,15 +100,14 @@ def check_origin(checkpoint: Path, model: ModelSection) -> None:
     Raises:
         ValueError: the settings name another one, which would not be read.
     """
-    noted = checkpoint.parent / CONFIG_FILE
-    began = (yaml.safe_load(noted.read_text(encoding="utf-8")) or {}).get("model", {}) if noted.is_file() else {}
+    began = read_settings(checkpoint.parent).get("model", {})
     for name in ("path", "config"):
         now, then = getattr(model, name), began.get(name, getattr(model, name))
         if now != then and (None in (now, then) or Path(now).resolve() != Path(then).resolve()):
             raise ValueError(
                 f"model.{name}={now}, but {checkpoint} goes on from model.{name}={then}, and its weights are what counts. "
                 f"Give model.{name}={then}, or another output_dir to begin with {now}. If the folder only moved, "
-                f"say so in {noted}."
+                f"say so in {checkpoint.parent / CONFIG_FILE}."
             )
 
 

@@ -9,9 +9,10 @@ import glob
 import hashlib
 import json
 import os
+import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from dllm_var.text.instructions import check_record, to_messages
 
 SCAN = 64 * 2**20  # bytes looked at a time while line starts are searched
 SHORTEST = 30  # bytes of a record at the least, by its keys alone; what is shorter may be blank
+ENDS = 64 * 2**10  # bytes at both ends of a file by which a changed one is recognised
 OPEN_FILES = 128  # files kept open at a time
 
 
@@ -79,6 +81,12 @@ class SampleRules:
             if text:
                 assert self.tokenizer is not None
                 told = check_record(record)
+                if unused := [name for name in told.unused if name != "id"]:
+                    warnings.warn(
+                        f"samples of text have fields that nothing reads: {', '.join(unused)}. Those that count are "
+                        "instruction, input and output.",
+                        stacklevel=2,
+                    )
                 prompt, answer = render_sample(self.tokenizer, to_messages(told, self.template), told.output, self.template)
                 record = {**record, "input_ids": prompt + answer, "prompt_length": len(prompt), "loss_runs": None}
             return self._tokenised(record, key)
@@ -103,8 +111,9 @@ class SampleRules:
             if not 0 <= start <= start + length <= len(ids):
                 raise ValueError(f"a response of {length} tokens from {start} on does not fit {len(ids)} tokens")
             response[start : start + length] = True
-        own = record.get("id")
-        return Sample(key if own is None else str(own), ids.astype(np.int64), response)
+        own = "" if record.get("id") is None else str(record["id"])
+        own.encode("utf-8")
+        return Sample(own or key, ids.astype(np.int64), response)
 
     def fingerprint(self, *, text: bool) -> list[list[Any]]:
         """What else than the data decides the ids: template and tokenizer, when the records are text."""
@@ -130,23 +139,21 @@ def find_files(option: str, given: Any) -> list[Path]:
     wanted = [given] if isinstance(given, str) else given
     if not isinstance(wanted, Sequence) or not wanted or not all(isinstance(entry, str) for entry in wanted):
         raise ValueError(f"{option}={given!r}: give one path, a glob or a list of them.")
-    found: set[Path] = set()
+    found: dict[Path, Path] = {}  # by their real place
     for entry in wanted:
-        matches = {Path(match) for match in glob.glob(entry, recursive=True)} | (
-            {Path(entry)} if Path(entry).exists() else set()
-        )
+        matches = {Path(entry)} if Path(entry).exists() else {Path(match) for match in glob.glob(entry, recursive=True)}
         if not matches:
             raise ValueError(f"{option}: no file matches {entry!r} (seen from {Path.cwd()}).")
         folders = sorted(str(match) for match in matches if match.is_dir())
         if folders:
             raise ValueError(f"{option}: {folders[0]!r} is a folder; write {folders[0]}/*.jsonl for the files in it.")
-        found |= matches
-    return sorted(found)
+        found |= {match.resolve(): match for match in sorted(matches)}
+    return sorted(found.values())
 
 
 class SampleFiles:
     """All samples of some JSON Lines files, numbered in file order; blank lines are none. Only the line starts are kept: 8
-    bytes a sample.
+    bytes a sample. Of several files, the number of its own stands before a sample's key: two files may use the same ids.
 
     Lines are read by position and not mapped into memory: where a mapped file becomes shorter, the process dies.
 
@@ -181,13 +188,22 @@ class SampleFiles:
         return len(self._starts)
 
     def fingerprint(self) -> list[list[Any]]:
-        """Name, bytes and lines of every file."""
+        """Name, bytes and lines of every file, and a hash of how it begins and ends."""
         lines = np.diff(self._first).tolist()
-        files = [[path.name, self._sizes[i], lines[i]] for i, path in enumerate(self.files)]
+        files = [[path.name, self._sizes[i], lines[i], self._hash_of_ends(i)] for i, path in enumerate(self.files)]
         return files + self._rules
+
+    def _hash_of_ends(self, number: int) -> str:
+        size = self._sizes[number]
+        begin, end = self._read(number, 0, min(ENDS, size)), self._read(number, max(0, size - ENDS), size)
+        return hashlib.sha256(begin + end).hexdigest()[:16]
 
     def __getitem__(self, index: int) -> Sample:
         number = bisect_right(self._first, index) - 1
+        sample = self._sample(index, number)
+        return sample if len(self.files) == 1 else replace(sample, key=f"{number}/{sample.key}")
+
+    def _sample(self, index: int, number: int) -> Sample:
         path, own, start = self.files[number], index - self._first[number] + 1, int(self._starts[index])
         last = index + 1 == self._first[number + 1]
         content = self._read(number, start, self._sizes[number] if last else int(self._starts[index + 1]))

@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dllm_var.model.checkpoint import load_config
+from dllm_var.model.config import warn_beyond_context
 from dllm_var.model.llada import LLaDAModelLM
 from dllm_var.model.speed import compile_network
 from dllm_var.pretrained import Pretrained
@@ -182,6 +183,8 @@ def prepare(config: SftConfig) -> tuple[SftTrainer, Path | None]:
     if config.validation.files is not None:
         rules = sample_rules(config, vocabulary, special, tokenizer)
         held_out = open_files("validation.files", config.validation.files, rules)
+    if config.packing.attention == "full":
+        warn_beyond_context(shape, config.packing.max_length, "rows of packing.max_length tokens reach")
     max_steps = training_steps(config, vocabulary, special, tokenizer)
     stream = build_stream(config, vocabulary, special, tokenizer)
     if on_cpu(config) and way.startswith("zero"):

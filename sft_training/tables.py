@@ -6,8 +6,10 @@ in its cache folder (HF_DATASETS_CACHE) from which any row can be read without h
 itself gives nothing less than a row group, and the order of training is a shuffle of all rows.
 """
 
+import glob
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -52,10 +54,11 @@ class TableSamples:
         part = bisect_right(self._first, index) - 1
         name, row = self.parts[part][0], index - self._first[part] + 1
         try:
-            return self.rules.sample(self.table[index], f"{Path(name).stem}:{row}", text=self.text)
+            sample = self.rules.sample(self.table[index], f"{Path(name).stem}:{row}", text=self.text)
         except UNUSABLE as error:
             kind = "an instruction record" if self.text else "a tokenised sample"
             raise ValueError(f"{name}, row {row} is not {kind}: {str(error).rstrip('.')}.") from error
+        return sample if len(self.parts) == 1 else replace(sample, key=f"{part}/{sample.key}")
 
 
 def open_parquet(files: Sequence[Path], rules: SampleRules) -> TableSamples:
@@ -80,11 +83,11 @@ def open_parquet(files: Sequence[Path], rules: SampleRules) -> TableSamples:
         if ours != columns:
             raise ValueError(f"{files[0]} has the columns {columns}, {path} has {ours}: make two sources of them.")
     try:
-        names = [str(path) for path in files]
+        names = [glob.escape(str(path)) for path in files]
         table = datasets.load_dataset("parquet", data_files=names, split="train", columns=columns)
     except UNUSABLE as error:
         cause = error.__cause__ or error
-        raise ValueError(f"{names[0]} (of {len(names)} Parquet files) cannot be read: {_first_line(cause)}.") from error
+        raise ValueError(f"{files[0]} (of {len(names)} Parquet files) cannot be read: {_first_line(cause)}.") from error
     return TableSamples(table, parts, rules)
 
 

@@ -6,7 +6,8 @@ sample by sample before packing (`dllm_var.diffusion.packing`):
 
 * a *tail*: some unlabelled masks after the EOS;
 * a *block view*: the sample as block decoding meets it. The response is visible up to the start of a block, the block
-  itself is trained, masks fill it up behind the EOS, and everything after the block is cut off.
+  itself is trained, masks fill it up behind the EOS, and everything after the block is cut off. Of a sample with several
+  responses one is drawn; what follows it is cut off, as in the conversation at that time.
 * all block views of a sample in one piece (`every_block`): the sample once as it is, for the blocks to look back at, and
   behind it a copy of every block to be trained. Who sees whom is said by `Piece.stage` and `sees`, as for block diffusion
   (arXiv 2503.09573), but that what is finished sees the block being decided, as in dLLM-Var's decoding.
@@ -68,8 +69,8 @@ class DecodingView:
     """Settings; all shares 0 is the published recipe (strict packing).
 
     Attributes:
-        tail_share: share of the samples that get a mask-only tail. tail_max: its length is uniform in 0…tail_max.
-        block_share: share of the samples that are shown as a block view instead.
+        block_share: share of the samples that are shown as a block view.
+        tail_share: share of the others that get a mask-only tail. tail_max: its length is uniform in 0…tail_max.
         block_lengths: a block view draws its block length from these.
         every_block: a block view shows all blocks of its sample at once, where that fits a row. Takes rows of up to twice
             the length, and attention within samples.
@@ -97,6 +98,13 @@ class DecodingView:
             )
         if self.block_share > 0 and (not self.block_lengths or min(self.block_lengths) < 1):
             raise ValueError(f"block_lengths={self.block_lengths}: give block lengths >= 1, or block_share 0.")
+        for name in ("every_block", "first_look_share"):
+            if getattr(self, name) and self.block_share == 0:
+                raise ValueError(f"{name}={getattr(self, name)} has no effect with block_share=0: no block is shown.")
+        if self.tail_eos and self.block_share == self.tail_share == 0:
+            raise ValueError(
+                "tail_eos=True has no effect with tail_share=0 and block_share=0: nothing stands behind an answer."
+            )
         if self.fill and (self.tail_share > 0 or self.block_share > 0):
             raise ValueError(
                 f"fill=true with tail_share={self.tail_share} and block_share={self.block_share}: a filled row has no room "
@@ -127,13 +135,16 @@ class DecodingView:
             free = max(0, longest - len(ids))
             ids = np.concatenate([ids, np.full(free, eos_id, dtype=ids.dtype)])
             response = np.concatenate([response, np.ones(free, dtype=bool)])
-        level, which, extent, where = uniforms(4, seed, epoch, key, "view")
+        level, which, extent, where, turn = uniforms(5, seed, epoch, key, "view")
         noise = uniforms(len(ids), seed, epoch, key, "noise")
         spots = np.flatnonzero(response)
         tail = 0
         if which < self.block_share and len(spots):
             block = self.block_lengths[int(extent * len(self.block_lengths))]
-            first = int(spots[0])
+            answers = np.split(spots, np.flatnonzero(np.diff(spots) > 1) + 1)
+            answer = answers[int(turn * len(answers))]
+            first, end = int(answer[0]), int(answer[-1]) + 1
+            ids, response, noise = ids[:end], response[:end] & (np.arange(end) >= first), noise[:end]
             blocks = -(-(len(ids) - first) // block)
             whole = uniforms(blocks, seed, epoch, key, "look") < self.first_look_share
             noise[first:][whole.repeat(block)[: len(ids) - first]] = 0.0  # below every level

@@ -5,6 +5,7 @@ also carry a hash of the base's weights (`weights_hash`), so that another base i
 an adapter is applied. Nothing but LoRA on linear layers is opened, and never a pickle.
 """
 
+import re
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -60,8 +61,10 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise ValueError(f"{folder} holds {CONFIG_FILE} but no {WEIGHTS_FILE}; pickles are never read.")
     if fields.get("peft_type") != "LORA":
         raise ValueError(f"{folder / CONFIG_FILE}: peft_type={fields.get('peft_type')!r} is not supported, only 'LORA' is.")
-    known = fields.get("auto_mapping") or {}
-    return Adapter(folder, fields.get("base_model_name_or_path"), known.get(HASH), fields)
+    known = fields.get("auto_mapping")
+    return Adapter(
+        folder, fields.get("base_model_name_or_path"), known.get(HASH) if isinstance(known, dict) else None, fields
+    )
 
 
 def check_base(adapter: Adapter, base: Path) -> None:
@@ -90,7 +93,11 @@ def apply_adapter(model: LLaDAModelLM, adapter: Adapter, merge: bool = True) -> 
             the fields ask of this model.
     """
     peft = import_peft()
-    wrapped = peft.get_peft_model(model, _settings(peft, adapter))
+    settings = _settings(peft, adapter)
+    try:
+        wrapped = peft.get_peft_model(model, settings)
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise ValueError(f"{adapter.folder / CONFIG_FILE} does not fit this model: {error}") from error
     expected = {name: tuple(value.shape) for name, value in state(wrapped).items()}
     try:
         tensors = load_file(adapter.folder / WEIGHTS_FILE)
@@ -152,4 +159,7 @@ def _settings(peft: ModuleType, adapter: Adapter) -> Any:
         raise ValueError(f"{adapter.folder / CONFIG_FILE} uses {some(odd)}, which is not supported: only plain LoRA is.")
     if not adapter.fields.get("target_modules"):
         raise ValueError(f"{adapter.folder / CONFIG_FILE} names no target_modules.")
-    return peft.LoraConfig(**{name: adapter.fields[name] for name in HONOURED if name in adapter.fields})
+    try:
+        return peft.LoraConfig(**{name: adapter.fields[name] for name in HONOURED if name in adapter.fields})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{adapter.folder / CONFIG_FILE} cannot be used: {error}") from error

@@ -71,7 +71,7 @@ def load_config(folder: str | Path) -> LLaDAConfig:
         raise ValueError(f"{path}: model_type={kind!r} is not supported (only {LLaDAConfig.model_type!r} is).")
     try:
         return LLaDAConfig(**fields)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # the last two from transformers, of fields that are its own
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -116,7 +116,8 @@ def verify_checkpoint(folder: str | Path) -> CheckpointSummary:
     nbytes = sum(tensor.nbytes for tensor in found.values())
     if (folder / INDEX_FILE).is_file():
         index = read_json(folder / INDEX_FILE)
-        said = (index.get("metadata") or {}).get("total_size", nbytes)
+        about = index.get("metadata")
+        said = about.get("total_size", nbytes) if isinstance(about, dict) else nbytes
         if said != nbytes and not any(is_leftover(name) for name in index["weight_map"]):
             raise ValueError(f"{folder / INDEX_FILE} says total_size={said}, but the shards hold {nbytes} bytes.")
     return CheckpointSummary(

@@ -5,6 +5,7 @@ word; here every field that decides shape, rotation, normalisation or tying must
 architecture that no released checkpoint uses is refused by name. Used by everything that builds or loads a model.
 """
 
+import math
 import warnings
 from typing import Any, ClassVar
 
@@ -38,7 +39,8 @@ SUPPORTED: dict[str, Any] = {
     "residual_dropout": 0.0,
 }
 
-POSITIVE = ("d_model", "n_heads", "n_layers", "vocab_size", "max_sequence_length", "num_key_value_heads", "mlp_width")
+POSITIVE = ("d_model", "n_heads", "n_layers", "vocab_size", "max_sequence_length")
+MAY_BE_NULL = ("n_kv_heads", "mlp_hidden_size", "embedding_size")
 
 # Kept out of the base class, whose releases disagree on which of these names they swallow.
 SET_BY_US = (*REQUIRED, *SUPPORTED, "embedding_size", "mlp_ratio", "multi_query_attention", "eot_token_id", "bos_token_id")
@@ -67,6 +69,7 @@ class LLaDAConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 
     def __init__(self, **fields: Any) -> None:
         fields = _own_names(fields, {**self.attribute_map, "num_key_value_heads": "n_kv_heads"})
+        head_dim = fields.pop("head_dim", None)  # other software writes it; here it follows
         missing = [name for name in REQUIRED if name not in fields]
         if missing:
             raise ValueError(
@@ -81,24 +84,38 @@ class LLaDAConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
                     "no released LLaDA checkpoint uses that variant."
                 )
         ours = {name: fields.pop(name) for name in SET_BY_US if name in fields}
+        for name in ("mask_token_id", "eos_token_id"):
+            if isinstance(ours[name], list) and len(ours[name]) == 1:
+                ours[name] = ours[name][0]
         pad_token_id = fields.pop("pad_token_id", None)
         use_cache = fields.pop("use_cache", False)
-        fields.setdefault("tie_word_embeddings", bool(ours["weight_tying"]))
+        if not isinstance(ours["weight_tying"], bool):
+            raise ValueError(f"config field weight_tying={ours['weight_tying']!r} must be true or false.")
+        fields.setdefault("tie_word_embeddings", ours["weight_tying"])
         super().__init__(**fields)
         for name, value in ours.items():
             setattr(self, name, value)
         self.pad_token_id = ours["eos_token_id"] if pad_token_id is None else pad_token_id
         self.use_cache = use_cache
         self._check_shapes()
+        if head_dim not in (None, self.head_dim):
+            raise ValueError(f"config field head_dim={head_dim!r} contradicts d_model over n_heads, {self.head_dim}.")
 
     def _check_shapes(self) -> None:
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+        for name in (*POSITIVE, *MAY_BE_NULL):
+            value = getattr(self, name, None)
+            if name in MAY_BE_NULL and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"config field {name}={value!r} must be a positive integer.")
-        for name in ("rope_theta", "rms_norm_eps"):
-            if not isinstance(getattr(self, name), (int, float)) or getattr(self, name) <= 0:
-                raise ValueError(f"config field {name}={getattr(self, name)!r} must be a positive number.")
+        for name in ("rope_theta", "rms_norm_eps", "mlp_ratio"):
+            value = getattr(self, name, None)
+            if name == "mlp_ratio" and value is None:
+                continue
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"config field {name}={value!r} must be a positive number.")
+        if self.mlp_width < 1:
+            raise ValueError(f"config field mlp_ratio={self.mlp_ratio!r} leaves no width for d_model={self.d_model}.")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise ValueError(
                 f"d_model={self.d_model} over n_heads={self.n_heads} must give an even whole head width (rotary embedding)."
@@ -136,11 +153,11 @@ class LLaDAConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         return int(getattr(self, "embedding_size", None) or self.vocab_size)
 
 
-def warn_beyond_context(config: "LLaDAConfig", positions: int) -> None:
+def warn_beyond_context(config: "LLaDAConfig", positions: int, what: str = "a prompt and its longest answer reach") -> None:
     """Warns of rows that are longer than the model's configuration says it was made for; rotary positions have no end."""
     if positions > config.max_sequence_length:
         warnings.warn(
-            f"a prompt and its longest answer reach beyond the {config.max_sequence_length} positions that "
+            f"{what} beyond the {config.max_sequence_length} positions that "
             "max_sequence_length in the model's config.json names: the model may not have been trained that far.",
             stacklevel=3,
         )

@@ -73,7 +73,8 @@ def check_record(record: Any) -> Instruction:
     instruction, extra, output = (_text(record, name) for name in FIELDS)
     if not output.strip():
         raise BadLine("empty response", "the field 'output' is empty, so there is nothing to learn.")
-    return Instruction(instruction, extra, output, tuple(name for name in record if name not in FIELDS))
+    unused = (name.encode("utf-8", "replace").decode() for name in record if name not in FIELDS)
+    return Instruction(instruction, extra, output, tuple(unused))
 
 
 def to_messages(record: Instruction, template: str) -> list[Message]:

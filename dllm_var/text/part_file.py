@@ -59,6 +59,8 @@ class PartFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"another run is writing {str(self.path)!r}: wait for it, or name another output.") from error
+        if not self.part.exists() or not os.path.samestat(os.fstat(self._file.fileno()), self.part.stat()):
+            raise ValueError(f"another run has just finished {str(self.path)!r}: start this one again.")
         saved = _read_json(self.progress)
         counted = saved.get("part_bytes", 0) if saved.get("settings") == self.settings else 0
         usable = 0 < counted <= os.path.getsize(self.part)

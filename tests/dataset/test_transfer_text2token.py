@@ -422,10 +422,25 @@ def test_files_in_linked_folders_are_read_and_links_to_nothing_or_in_a_circle_ar
     write_lines(folder / "own.jsonl", GOOD)
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     assert [source.name for source in transfer.find_sources(folder)] == ["linked/more.jsonl", "own.jsonl"]
+    with pytest.raises(ValueError, match=r"elsewhere/out\.jsonl' lies where --input_dir leads"):
+        transfer.check_output(tmp_path / "elsewhere" / "out.jsonl", folder, transfer.find_sources(folder))
+    transfer.check_output(tmp_path / "out.jsonl", folder, transfer.find_sources(folder))
     (folder / "gone.json").symlink_to(tmp_path / "nowhere.json")
     with pytest.raises(ValueError, match=r"gone\.json' is a link to nothing: mend or remove it"):
         transfer.find_sources(folder)
     (folder / "gone.json").unlink()
     (tmp_path / "elsewhere" / "back").symlink_to(folder)
     with pytest.raises(ValueError, match=r"linked/back' is a link to a folder that it lies in: remove it"):
+        transfer.find_sources(folder)
+
+
+def test_files_with_other_endings_are_told_and_a_name_that_is_no_text_is_refused(folder, tmp_path, tokenizer_folder):
+    for name in ("more.jsonl.gz", "MORE.JSONL", ".hidden"):
+        (folder / name).write_bytes(b"")
+    code, _, told = run(folder, tmp_path / "one.jsonl", tokenizer_folder, "--on_error", "skip")
+    assert code == 0
+    assert "not read, since they end neither in .jsonl nor in .json: MORE.JSONL, more.jsonl.gz" in told
+    with open(os.fsencode(folder) + b"/\xe9.jsonl", "w") as file:
+        file.write("{}")
+    with pytest.raises(ValueError, match="is not UTF-8: rename it"):
         transfer.find_sources(folder)

@@ -99,6 +99,22 @@ def test_impossible_shares_and_lengths_are_refused_by_name(bad: dict[str, object
         DecodingView(**bad)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("every_block", [True, False])
+def test_of_several_answers_one_is_shown_with_what_came_before_it_and_nothing_behind_it(every_block: bool) -> None:
+    ids = np.arange(30)  # answers are 5…9 and 16…24
+    response = (ids >= 5) & (ids < 10) | (ids >= 16) & (ids < 25)
+    view, ends = DecodingView(block_share=1.0, block_lengths=(4,), every_block=every_block), set()
+    for number in range(30):
+        piece = view.apply(f"s{number}", 0, ids, response, seed=1, mask_id=-1)
+        trained = piece.ids[piece.response].tolist()
+        first, end = (5, 10) if trained[0] < 10 else (16, 25)
+        ends.add(end)
+        assert piece.ids.max() < end
+        assert (trained[0] - first) % 4 == 0  # blocks are counted from where this answer begins
+        assert trained == list(range(first, end) if every_block else range(trained[0], min(trained[0] + 4, end)))
+    assert ends == {10, 25}
+
+
 def every(prompt: int, answer: int, block: int, key: str = "s") -> Piece:
     return made(DecodingView(block_share=1.0, block_lengths=(block,), every_block=True), key, prompt, answer)
 

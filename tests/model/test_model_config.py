@@ -73,11 +73,17 @@ def test_an_unsupported_variant_is_named(golden_fields: dict[str, Any], name: st
         ({"n_heads": 3}, "d_model=64 over n_heads=3"),
         ({"d_model": 4}, "d_model=4 over n_heads=4 must give an even"),
         ({"n_kv_heads": 3}, "n_kv_heads=3 must divide n_heads=4"),
-        ({"n_kv_heads": 0}, "num_key_value_heads=0 must be a positive integer"),
+        ({"n_kv_heads": 0}, "n_kv_heads=0 must be a positive integer"),
         ({"mlp_hidden_size": None, "mlp_ratio": None}, "mlp_hidden_size is null and mlp_ratio is not given"),
         ({"mask_token_id": 288}, "mask_token_id=288 lies outside the 288 embedding rows"),
         ({"mask_token_id": None}, "mask_token_id=None lies outside"),
         ({"hidden_size": 32}, "gives d_model twice: 64 and 32"),
+        ({"head_dim": 64}, "head_dim=64 contradicts d_model over n_heads, 16"),
+        ({"embedding_size": [448]}, r"embedding_size=\[448\] must be a positive integer"),
+        ({"n_kv_heads": 6.5}, "n_kv_heads=6.5 must be a positive integer"),
+        ({"mlp_hidden_size": True}, "mlp_hidden_size=True must be a positive integer"),
+        ({"weight_tying": "false"}, "weight_tying='false' must be true or false"),
+        ({"rope_theta": float("nan")}, "rope_theta=nan must be a positive number"),
     ],
 )
 def test_contradicting_shapes_are_named(golden_fields: dict[str, Any], changes: dict[str, Any], message: str) -> None:
@@ -94,7 +100,9 @@ def test_derived_widths_follow_the_published_rules(golden_fields: dict[str, Any]
 
 def test_names_of_other_libraries_read_and_write_the_same_fields(golden_fields: dict[str, Any]) -> None:
     aliases = {"d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
-    config = LLaDAConfig(**{aliases.get(name, name): value for name, value in golden_fields.items()})
+    named = {aliases.get(name, name): value for name, value in golden_fields.items()}
+    config = LLaDAConfig(**{**named, "head_dim": 16, "eos_token_id": [golden_fields["eos_token_id"]]})
+    assert config.eos_token_id == golden_fields["eos_token_id"]
     assert (config.d_model, config.n_layers, config.n_heads) == (64, 3, 4)
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (64, 3, 4)
     assert config.max_position_embeddings == 512

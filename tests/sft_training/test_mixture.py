@@ -161,6 +161,15 @@ def test_a_state_of_the_time_before_sources_is_taken_up() -> None:
         stream([30, 2], length=11).restore(json.loads(json.dumps(old)))
 
 
+def test_sources_in_another_order_cannot_take_up_a_run() -> None:
+    run = stream([5, 5])
+    list(islice(run, 3))
+    other = stream([5, 5])
+    other.mixture = Mixture(other.mixture.sources[::-1], seed=1, shuffle_seed=3)
+    with pytest.raises(ValueError, match="the saved run had other samples of the data"):
+        other.restore(json.loads(json.dumps(run.state(3))))
+
+
 @pytest.mark.parametrize("change", ["weights", "names", "samples"])
 def test_another_mixture_cannot_take_up_a_run(change: str) -> None:
     state = stream([5, 6]).state(0)

@@ -154,3 +154,7 @@ def test_a_run_goes_on_only_from_the_model_it_began_with(settings: Settings, wri
         prepare(other)
     noted = Path(config.output_dir) / "config.yaml"
     assert yaml.safe_load(noted.read_text(encoding="utf-8"))["model"]["path"] == str(moved)
+    for text, told in (("model: {path: [", "cannot be read as YAML"), ("[]", "holds no settings of a run")):
+        noted.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"config\.yaml {told}"):
+            prepare(other)

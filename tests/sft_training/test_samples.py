@@ -28,7 +28,7 @@ GOOD = {"id": "a:1", "input_ids": [1, 2, 3, 4], "prompt_length": 2}
 def test_samples_come_in_file_order_with_their_prompt_and_response(tmp_path: Path) -> None:
     files = [write(tmp_path / "a.jsonl", GOOD, {**GOOD, "id": "a:2"}), write(tmp_path / "b.jsonl", {**GOOD, "id": "b:1"})]
     found = opened(*files)
-    assert [found[i].key for i in range(len(found))] == ["a:1", "a:2", "b:1"]
+    assert [found[i].key for i in range(len(found))] == ["0/a:1", "0/a:2", "1/b:1"]
     assert found[0].response.tolist() == [False, False, True, True]
     assert found[0].prompt.tolist() == [1, 2]
 
@@ -40,6 +40,35 @@ def test_the_published_format_without_ids_gets_a_key_from_file_and_line(tmp_path
     assert [found[i].key for i in range(2)] == ["ref:1", "ref:2"]
     assert found[0].response.all()
     assert not found[1].response.any()
+
+
+def test_an_empty_id_is_none_and_one_that_is_no_text_is_named(tmp_path: Path) -> None:
+    found = opened(write(tmp_path / "x.jsonl", {**GOOD, "id": ""}, {**GOOD, "id": "\ud800"}))
+    assert found[0].key == "x:1"
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2 is not a tokenised sample: .*surrogates not allowed"):
+        found[1]
+
+
+def test_a_file_is_taken_by_its_name_before_a_pattern_and_only_once(tmp_path: Path) -> None:
+    files = [write(tmp_path / name, GOOD) for name in ("a[1].jsonl", "a1.jsonl")]
+    (tmp_path / "link.jsonl").symlink_to(files[1])
+    assert find_files("dataset.files", str(files[0])) == [files[0]]
+    assert find_files("dataset.files", str(tmp_path / "a?.jsonl")) == [files[1]]
+    twice = find_files("dataset.files", [str(files[1]), str(tmp_path / "link.jsonl"), f"{tmp_path}/./a1.jsonl"])
+    assert [path.resolve() for path in twice] == [files[1]]
+
+
+def test_a_file_whose_lines_were_put_in_another_order_is_another_one(tmp_path: Path) -> None:
+    records = [{**GOOD, "id": f"x:{i}"} for i in range(3)]
+    ours, other = (opened(write(tmp_path / "x.jsonl", *each)).fingerprint() for each in (records, records[::-1]))
+    assert ours != other
+    assert ours[0][:3] == other[0][:3]
+
+
+def test_fields_of_text_that_nothing_reads_are_told(tmp_path: Path, tokenizer: Any) -> None:
+    found = opened(write(tmp_path / "x.jsonl", {"prompt": "Two?", "id": 7, "output": "2"}), tokenizer=tokenizer)
+    with pytest.warns(UserWarning, match="samples of text have fields that nothing reads: prompt. Those that count"):
+        assert found[0].key == "7"
 
 
 def test_loss_runs_say_which_turns_are_trained(tmp_path: Path) -> None:
@@ -143,7 +172,7 @@ def test_more_files_than_may_be_open_are_all_read(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(samples, "OPEN_FILES", 2)
     found = opened(*(write(tmp_path / f"{i}.jsonl", {**GOOD, "id": f"f:{i}"}) for i in range(7)))
     for i in (0, 6, 3, 0, 1, 6):
-        assert found[i].key == f"f:{i}"
+        assert found[i].key == f"{i}/f:{i}"
     assert len(found._open) == 2
 
 

@@ -96,7 +96,15 @@ def test_the_defaults_are_the_published_recipe_but_for_rows_and_view() -> None:
         ("loss.name=mean", r"loss\.name='mean': choose one of plain_mean"),
         ("view.tail_share=2", "tail_share=2.0: a share lies between 0 and 1"),
         ("view.fill=true", r"fill=true with tail_share=0\.8"),
-        ("view.every_block=true", r"view\.every_block=true with packing\.attention='full' and packing\.mode='whole'"),
+        (
+            "view.every_block=true view.block_share=0.5",
+            r"view\.every_block=true with packing\.attention='full' and packing\.",
+        ),
+        ("view.every_block=true", r"every_block=True has no effect with block_share=0"),
+        ("view.first_look_share=0.6", r"first_look_share=0\.6 has no effect with block_share=0"),
+        ("view.tail_eos=true view.tail_share=0", "tail_eos=True has no effect with tail_share=0 and block_share=0"),
+        ("loss.name=next_token view.block_share=0.5", r"view\.block_share=0\.5 with loss\.name='next_token'"),
+        ("+adapter.r=64", r"adapter\.r=64 has no effect without an adapter: add adapter=lora"),
         ("packing.mode=tight", "packing='tight': choose 'split'"),
         ("forward_process.t_max=3", "t_max=3.0"),
         ("validation.decodes=-1", r"validation\.decodes=-1: must be at least 0"),
@@ -110,11 +118,11 @@ def test_the_defaults_are_the_published_recipe_but_for_rows_and_view() -> None:
 )
 def test_a_mistake_is_answered_by_name(override: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        compose_settings([*ENOUGH, override])
+        compose_settings([*ENOUGH, *override.split()])
 
 
 @pytest.mark.parametrize(
-    "name", ["runs/t=0.1/a.jsonl", "my texts (1).jsonl", "ré sumé.jsonl", "it's.jsonl", "[a.jsonl", "1e5"]
+    "name", ["runs/t=0.1/a.jsonl", "my texts (1).jsonl", "ré sumé.jsonl", "it's.jsonl", "[a.jsonl", "1e5", "a,b/c.jsonl"]
 )
 def test_a_path_is_taken_as_it_is_typed(name: str) -> None:
     assert compose_settings([f"dataset.files={name}"]).dataset.files == name

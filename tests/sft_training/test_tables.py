@@ -69,6 +69,13 @@ def test_parquet_files_give_the_samples_of_json_lines_files(tmp_path: Path) -> N
     assert found.fingerprint() == [["a.parquet", sizes[0], 4], ["b.parquet", sizes[1], 3]]
 
 
+def test_a_parquet_file_is_taken_by_its_name_and_not_as_a_pattern(tmp_path: Path) -> None:
+    columns = {"input_ids": [[5, 6, 1]], "prompt_length": [1]}
+    ours = parquet(tmp_path / "a[1].parquet", columns)
+    parquet(tmp_path / "a1.parquet", {**columns, "input_ids": [[7, 7, 1]]})
+    assert open_files("dataset.files", str(ours), RULES)[0].ids.tolist() == [5, 6, 1]
+
+
 def test_without_ids_the_key_is_file_and_row_and_runs_may_stand_for_the_prompt(tmp_path: Path) -> None:
     columns = {"input_ids": TOKENS["input_ids"], "loss_runs": [[[0, 1]], None, *[[[1, 1], [2, 1]]] * 5],
                "prompt_length": [None, 2, *[None] * 5]}  # fmt: skip

@@ -1,5 +1,6 @@
 """The output is finished or it is not there, and what was appended counts exactly once, wherever the work was stopped."""
 
+import fcntl
 import json
 import os
 import sys
@@ -171,6 +172,20 @@ def test_two_runs_cannot_write_one_output(tmp_path):
         second.open()
     second.close()
     first.close()
+
+
+def test_a_run_that_ends_between_opening_and_locking_keeps_its_output(tmp_path, monkeypatch):
+    def lock(file, how):
+        monkeypatch.undo()
+        part.rename(tmp_path / "out")  # as the other run does at its end
+        flock(file, how)
+
+    part, flock = tmp_path / "out.part", fcntl.flock
+    part.write_bytes(b"whole\n")
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with pytest.raises(ValueError, match="another run has just finished"):
+        PartFile(tmp_path / "out", "s").open()
+    assert (tmp_path / "out").read_bytes() == b"whole\n"
 
 
 def test_a_file_that_is_not_ours_is_never_overwritten(tmp_path):
