@@ -13,6 +13,18 @@ from dllm_var import Event, GenerationConfig
 Case = dict[str, Any]
 Params = dict[str, Any]
 
+
+class NotOffered(Exception):
+    """A recorded variant that has no counterpart here."""
+
+
+def offered(name: Any, ours: dict[Any, Any]) -> Any:
+    """What a recorded name is here."""
+    if name not in ours:
+        raise NotOffered
+    return ours[name]
+
+
 # Parameters → options, by recorded method.
 
 
@@ -43,7 +55,7 @@ def klass(p: Params) -> Params:
     order = {"default": "low_confidence", "topk_margin": "topk_margin"}
     return {
         "method": "vanilla",
-        "remasking": order[alg],
+        "remasking": offered(alg, order),
         **{name: p[name] for name in ("gen_length", "steps", "block_length")},
     }
 
@@ -60,7 +72,7 @@ def pc_sampler(p: Params) -> Params:
         return {"method": "eb_sampler", **p}
     if variant in ("entropy", "margin"):
         return {"method": "vanilla", "remasking": {"entropy": "entropy", "margin": "topk_margin"}[variant], **p}
-    prior = {"pc": "exponential", "linear_position": "linear"}[variant]
+    prior = offered(variant, {"pc": "exponential", "linear_position": "linear"})
     return {"method": "pc_sampler", "position_prior": prior, "clip_alpha": p.pop("alpha"), **p}
 
 
@@ -92,7 +104,7 @@ def d2cache_repository(p: Params) -> Params:
     if p.get("debias"):
         method, options["lambd"] = "pc_sampler", 0.0
     order = {"maskgit_plus": "low_confidence", "entropy": "entropy", "topk_margin": "topk_margin", None: None}
-    return {"method": method, "remasking": order[alg], **options, **p}
+    return {"method": method, "remasking": offered(alg, order), **options, **p}
 
 
 READINGS: dict[str, Callable[[Params], Params]] = {
@@ -118,9 +130,14 @@ READINGS: dict[str, Callable[[Params], Params]] = {
 }  # fmt: skip
 
 
-def read(case: Case, frequencies: Path) -> GenerationConfig:
-    """Our options for a recorded case whose method is one of `READINGS`."""
-    options = READINGS[case["method"]](dict(case["params"]))
+def read(case: Case, frequencies: Path) -> GenerationConfig | None:
+    """Our options for a recorded case; None for a method, or a variant of one, that is not offered here."""
+    if case["method"] not in READINGS:
+        return None
+    try:
+        options = READINGS[case["method"]](dict(case["params"]))
+    except NotOffered:
+        return None
     if options["method"] == "pc_sampler":
         options["frequency_file"] = str(frequencies)
     return GenerationConfig(**options)

@@ -5,7 +5,7 @@ paper: `DEFECTS` lists these places. Each says which cases rest on it and how to
 explained only when our decoding *with* the defect gives the recorded tokens, forwards and order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,8 @@ from dllm_var.decoding.daedal import Daedal
 from dllm_var.decoding.editing import Editing
 from dllm_var.decoding.length_policies import Fixed
 from dllm_var.decoding.priors import Calibrated, CertaintyPrior, PositionPrior, log_score
-from dllm_var.decoding.scorers import Scorer
+from dllm_var.decoding.proposal import Candidates, Measure
+from dllm_var.decoding.scorers import DecidedLast, Scorer
 from dllm_var.decoding.selectors import Factor, Selector, Threshold
 from dllm_var.decoding.state import DecodeState
 from dllm_var.decoding.step import Action, Plan, StepView
@@ -84,6 +85,26 @@ class MixedScale(Scorer):
         length = (state.block_end - state.block_start)[:, None]
         index = view.positions - state.block_start[:, None]
         return (1 - self.weight) * scaled + self.weight * (length - index) / length
+
+
+class WithoutEnds(Scorer):
+    """Takes the tokens that end an answer out of the probabilities once a token is proposed: where one of them is proposed
+    its confidence is 0, and everywhere else confidences grow by what the two had.
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    @property
+    def measures(self) -> Mapping[str, Measure]:
+        return {"without ends": self._share}
+
+    def _share(self, seen: Candidates) -> Tensor:
+        left = seen.logits.index_fill(1, self.ids.to(seen.logits.device), -float("inf"))
+        return left.softmax(-1).gather(1, seen.ids[:, None])[:, 0]
+
+    def __call__(self, view: StepView) -> Tensor:
+        return view.measures["without ends"]
 
 
 class SeesBlock(Selector):
@@ -174,6 +195,11 @@ def _mixed_scale(policies: Policies, config: GenerationConfig) -> Policies:
     return replace(policies, scorer=MixedScale(policies.scorer), selector=SeesBlock(policies.selector))
 
 
+def _without_ends(policies: Policies, config: GenerationConfig) -> Policies:
+    assert isinstance(policies.scorer, DecidedLast)
+    return replace(policies, scorer=WithoutEnds(policies.scorer.ids))
+
+
 def _cut(policies: Policies, config: GenerationConfig) -> Policies:
     assert isinstance(policies.length, Daedal)
     return replace(policies, length=CutsAtTheEnd(config, policies.length.special))
@@ -201,6 +227,11 @@ def _density(case: Case, config: GenerationConfig) -> bool:
 
 
 DEFECTS = (
+    Defect(
+        "ends taken out", "LLaDA's confidence_eos_eot_inf also raises the confidences of all other tokens, unequally",
+        lambda case, config: config.confidence_eos_eot_inf is True and config.remasking == "low_confidence",
+        imitate=_without_ends,
+    ),
     Defect(
         "last pair", "Fast-dLLM's factor takes the last token as well when only that one fails",
         lambda case, config: case["method"] == "fast_dllm_v1" and config.factor is not None,

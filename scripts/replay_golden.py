@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from golden_cases import READINGS, Case, Outcome, read
+from golden_cases import Case, Outcome, read
 from golden_defects import DEFECTS, Defect
 
 from dllm_var import Event, GenerationConfig, Pretrained
@@ -85,7 +85,7 @@ def read_cases(folder: Path, methods: list[str] | None) -> list[Case]:
         ValueError: no such folder, no cases in it, or a method that none of them has.
     """
     files = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    cases = [case for file in files for case in json.loads(file.read_text(encoding="utf-8"))["cases"]]
+    cases = [case for file in files for case in cases_in(file)]
     if not cases:
         raise ValueError(f"--golden {folder}: no recorded cases (*.json) there.")
     known = sorted({case["method"] for case in cases})
@@ -93,6 +93,19 @@ def read_cases(folder: Path, methods: list[str] | None) -> list[Case]:
     if unknown:
         raise ValueError(f"--method {' '.join(unknown)}: no such method in {folder}; it has {', '.join(known)}.")
     return [case for case in cases if not methods or case["method"] in methods]
+
+
+def cases_in(file: Path) -> list[Case]:
+    """The cases of a file: a list, or under ``cases``.
+
+    Raises:
+        ValueError: neither.
+    """
+    found = json.loads(file.read_text(encoding="utf-8"))
+    cases = found.get("cases") if isinstance(found, dict) else found
+    if not isinstance(cases, list):
+        raise ValueError(f"{file}: a list of cases, or an object with one as 'cases', belongs there.")
+    return cases
 
 
 def open_model(folder: Path) -> Pretrained:
@@ -109,8 +122,7 @@ def replay(case: Case, model: Pretrained, frequencies: Path, report: Report) -> 
     tally, defect, case = report.tallies[case["method"]], None, without_masks(case, model.special)
     if case.get("kind") == "loglik":
         difference = compare_likelihood(case, model)
-    elif case["method"] in READINGS:
-        config = read(case, frequencies)
+    elif (config := read(case, frequencies)) is not None:
         difference = compare(case, decode(case, model, config))
         defect = explain(case, model, config) if difference else None
     else:

@@ -93,7 +93,7 @@ def _scorer(config: GenerationConfig, special: SpecialTokens, model: LLaDAConfig
     if config.sigma is not None:
         scorer = CertaintyPrior(scorer, config.sigma, open_end=config.canvas == "growing")
     if config.confidence_eos_eot_inf:
-        scorer = DecidedLast(scorer, special.stop)
+        scorer = DecidedLast(scorer, tuple(end for end in (special.eos, special.eot) if end is not None))
     return scorer
 
 

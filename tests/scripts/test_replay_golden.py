@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from dllm_var.model.checkpoint import load_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "decode"
 
@@ -77,6 +80,47 @@ def test_what_was_taken_back_replaced_and_seen_is_compared(
 def test_a_near_tie_or_optional_case_is_reported_but_does_not_fail(mark: str, replay: Any, folder: Any, capsys: Any) -> None:
     assert replay.main(folder(lambda case: (_other_token(case), case.update({mark: True})))) == 0
     assert "differs (near tie or optional): dllm_var-p000" in capsys.readouterr().out
+
+
+def test_ends_taken_out_of_the_probabilities_are_a_defect_that_is_imitated(
+    replay: Any, folder: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """A case that was made here, by what tests/golden/README.md says of the recorded program."""
+    case = json.loads((GOLDEN / "llada_vanilla.json").read_text())["cases"][0]
+    prompt = [258, 259, *b"seq 3 11=", 257, 260]
+    model, mask, ends = load_model(GOLDEN.parent / "tiny_llada"), 270, [256, 257]
+    row = torch.tensor([prompt + [mask] * 32])
+    for _ in range(32):
+        with torch.no_grad():
+            logits = model(input_ids=row).logits[0]
+        proposed = logits.argmax(-1)
+        logits[:, ends] = -torch.inf
+        confidence = logits.softmax(-1).gather(1, proposed[:, None])[:, 0].masked_fill(row[0] != mask, -1)
+        row[0, confidence.argmax()] = proposed[confidence.argmax()]
+    params = {"gen_length": 32, "steps": 32, "block_length": 32, "confidence_eos_eot_inf": True}
+    made = {
+        **case,
+        "params": params,
+        "prompt_ids": prompt,
+        "output_ids": row[0, len(prompt) :].tolist(),
+        "forward_passes": 32,
+    }
+    made.pop("trace", None)
+    arguments = folder(lambda case: None)
+    (tmp_path / "dllm_var.json").write_text(json.dumps([made]))
+    assert replay.main([*arguments, "--method", "llada_vanilla"]) == 0
+    assert "rests on 'ends taken out'" in capsys.readouterr().out
+
+
+def test_a_variant_that_is_not_offered_is_counted_and_a_file_of_something_else_named(
+    replay: Any, folder: Any, tmp_path: Path, capsys: Any
+) -> None:
+    arguments = folder(lambda case: case["params"].update(alg="random"), file="klass_orig.json", count=1)
+    assert replay.main(arguments) == 2
+    assert "not offered: klass_orig" in capsys.readouterr().out
+    (tmp_path / "klass_orig.json").write_text("{}")
+    assert replay.main(arguments) == 2
+    assert "klass_orig.json: a list of cases, or an object with one as 'cases', belongs there" in capsys.readouterr().err
 
 
 def test_what_is_not_offered_is_listed_and_counted(replay: Any, folder: Any, capsys: Any) -> None:
