@@ -66,7 +66,7 @@ def _length(config: GenerationConfig, special: SpecialTokens) -> LengthPolicy:
 
 def _kv(config: GenerationConfig, special: SpecialTokens) -> KVPolicy:
     if config.cache == "block_commit":
-        return BlockCommit(config.block_length)
+        return BlockCommit(config.longest_block)
     if config.cache == "prefix":
         return Prefix(config.use_dual)
     if config.cache == "d2cache":
@@ -127,7 +127,7 @@ def _selector(config: GenerationConfig) -> Selector:
         assert config.threshold is not None
         chosen = Klass(
             config.threshold, config.kl_threshold, config.kl_history_length, config.kl_warmup, config.unmask_strategy, count,
-            config.block_length, config.response_limit,
+            config.block_length, config.response_limit, config.seed,
         )  # fmt: skip
     elif config.gamma is not None:
         chosen = EntropyBound(config.gamma)

@@ -39,6 +39,9 @@ NEEDS = {
 class GenerationConfig:
     """Every decoding option. An option that the method or cache does not read must be left out, and is None.
 
+    Defaults are filled in when it is built, and some follow from other options (`steps` and `block_length` of a fixed canvas
+    from `gen_length`, `eos_tail` from `num_check_last_eot`): `dataclasses.replace` keeps them, so build a new one instead.
+
     Attributes:
         method: a preset, see `METHODS` and ``python -m dllm_var.decoding``.
         cache: what is kept between forwards, see `CACHES`.
@@ -53,13 +56,13 @@ class GenerationConfig:
         num_transfer_tokens: instead of `steps`: tokens per forward. Beside a threshold or factor: the least number.
         threshold: decide every token whose confidence passes, and the best one if there is none. Equality passes on a
             fixed canvas (arXiv 2505.22618), not with dllm_var, klass and daedal. Above 1: one token per forward. With
-            ``remasking="topk_margin"`` it is the margin that must pass.
+            ``remasking="topk_margin"`` it is the margin that must pass, but for klass.
         factor: decide the n best tokens, n as large as (n + 1)(1 − confidence of the n-th) < factor allows (2505.22618).
         gamma: decide tokens in order while the sum of their entropies (nats) without the largest is at most gamma.
         kl_threshold: klass: a token is ready when its distribution moved less than this (nats) in each of the last
             kl_history_length forwards and its confidence is above `threshold`. kl_warmup: never in the first
             kl_history_length − 1 forwards of a block. unmask_strategy: decide "all" ready tokens, or the one with
-            "max_conf" or "min_kl".
+            "max_conf" or "min_kl", or one at "random".
         wide_in_thres: wino: draft every token whose confidence is above this, at most 0.7 of the masks and between 5
             and 20. narrow_out_thres: take back drafts whose probability in a second look is below this. remask_budget:
             fewer than were drafted in the "previous" forward, or in the "current" one.
@@ -339,6 +342,11 @@ class GenerationConfig:
     def response_limit(self) -> int:
         """The most tokens that an answer can have."""
         return self.gen_length if self.canvas == "fixed" else self.max_gen_length
+
+    @property
+    def longest_block(self) -> int:
+        """The most positions of a block: an answer may be shorter than `block_length`."""
+        return min(self.block_length, self.response_limit)
 
     @property
     def blocks(self) -> int:

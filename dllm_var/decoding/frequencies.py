@@ -47,7 +47,7 @@ def check_frequency_file(file: str | Path) -> tuple[int, dict[int, int]]:
         raise ValueError(
             f"frequency_file={str(file)!r} cannot be read ({error.strerror}): give a file of token counts."
         ) from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
             f'frequency_file={str(file)!r} is not of the form {{"num_token": N, "p_baseline_dict": {{"id": n}}}}: '
             "make one with scripts/count_tokens.py."

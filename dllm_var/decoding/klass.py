@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dllm_var.decoding.proposal import Candidates, Measure
+from dllm_var.decoding.scorers import Random
 from dllm_var.decoding.selectors import Selector, best
 from dllm_var.decoding.state import DecodeState
 from dllm_var.decoding.step import Action, Plan, StepView
@@ -35,9 +36,9 @@ class Klass(Selector):
     Args:
         threshold: the confidence must be above it. kl_threshold: the movement must be below it.
         history: how many forwards in a row. warmup: no token is ready in the first ``history − 1`` forwards of a block.
-        strategy: of the ready tokens decide "all", or the one with "max_conf" or "min_kl".
+        strategy: of the ready tokens decide "all", or the one with "max_conf" or "min_kl", or one at "random".
         fallback: the rule for rows without a ready token.
-        block_length, longest: the most positions of a block, and of a response.
+        block_length, longest: the most positions of a block, and of a response. seed: of random choices.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class Klass(Selector):
         fallback: Selector,
         block_length: int,
         longest: int,
+        seed: int = 0,
     ) -> None:
         self.threshold, self.kl_threshold, self.history = threshold, kl_threshold, history
         self.warmup, self.strategy, self.fallback = warmup, strategy, fallback
+        self.draws = Random(seed)
         self.notes: dict[str, Tensor] = {}
         self.ahead = 1 if warmup else history  # blocks that are looked at before they open
         self.width, self.last = min((1 + self.ahead) * block_length, longest), torch.empty(0)
@@ -96,7 +99,7 @@ class Klass(Selector):
             ready = ready & (state.block_forwards >= self.history - 1)[:, None]
         none = ~ready.any(1, keepdim=True)
         if self.strategy != "all":
-            order = view.confidence if self.strategy == "max_conf" else -moved
+            order = {"max_conf": view.confidence, "min_kl": -moved, "random": self.draws(view)}[self.strategy]
             ready = best(order, ready, torch.ones_like(state.forwards))
         return Action(commit=torch.where(none, self.fallback.select(view, score).commit, ready))
 

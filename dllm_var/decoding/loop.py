@@ -59,7 +59,7 @@ class DecodeLoop:
         self.model, self.special, self.config = model, special, config
         self.policies = compose(config, special, model.config) if policies is None else policies
         kv, selector = self.policies.kv, self.policies.selector
-        self._scratch = None if kv.scratch is None else kv.scratch + selector.scratch(config.block_length)
+        self._scratch = None if kv.scratch is None else kv.scratch + selector.scratch(config.longest_block)
         self.room, self.capacity = len(prompts) if room is None else room, capacity
         self.state = DecodeState.begin([], [], special.mask, 0, capacity)
         self._executor: Executor | None = None
@@ -74,6 +74,8 @@ class DecodeLoop:
         Raises:
             ValueError: as for the class; or a number that a live row has.
         """
+        if not prompts and self._executor is not None:
+            return
         check_requests([*self.state.request.tolist(), *requests], self.state.rows + len(prompts))
         check_prompts(prompts, requests, self.model)
         room = [self.config.response_limit] * len(prompts) if limits is None else limits
@@ -81,6 +83,7 @@ class DecodeLoop:
             warn_beyond_context(self.model.config, len(ids) + longest)
         fresh = DecodeState.begin(prompts, requests, self.special.mask, room, self.capacity)
         if self._executor is None or not (self.state.rows or self._executor.joinable):
+            self._executor = None  # its keys and values go before others come
             self._executor = self._build(fresh)
         else:
             self._executor.admit(fresh.rows)
@@ -141,10 +144,10 @@ class DecodeLoop:
 
         Args:
             chosen: int64 indices of the rows that take part, none of them or all before their first forward; default all.
-            ending: request → stop reason: rows for which this is the last forward. All that is masked in the window is
-                decided by it, as well as the model can.
+            ending: request → stop reason: rows for which this is the last forward. All that is masked in the window, up to
+                a stop token, is decided by it, as well as the model can.
         """
-        if chosen is None and self.state.notes and not bool(self.state.forwards.all()):
+        if chosen is None and self.joinable and self.state.notes and not bool(self.state.forwards.all()):
             chosen = torch.arange(self.state.rows)  # none of them has notes yet, whatever those before them had
         state = self.state if chosen is None else self.state.some(chosen)
         state.last = torch.tensor([(ending or {}).get(request, LIVE) for request in state.request.tolist()])
@@ -158,7 +161,7 @@ class DecodeLoop:
         action = use.length.adjust(action, view)
         forced = torch.zeros_like(state.last, dtype=torch.bool)
         if bool(state.last.any()):
-            chose, action = action, action.filling(view, state.last != LIVE)
+            chose, action = action, action.filling(view, state.last != LIVE, self.special.stop)
             forced = (action.commit & ~chose.commit).any(1)
             if chose.remask is not None:  # and none of it is taken back in these rows
                 forced |= chose.remask.any(1) & (state.last != LIVE)
@@ -215,7 +218,8 @@ def decode(
 
 def check_requests(requests: Sequence[int], prompts: int) -> None:
     """Raises ValueError unless there is a number of its own for each of the prompts."""
-    if len(requests) != prompts or len(set(requests)) != prompts or not all(-(2**63) <= r < 2**63 for r in requests):
+    whole = all(isinstance(r, int) and -(2**63) <= r < 2**63 for r in requests)
+    if not whole or len(requests) != prompts or len(set(requests)) != prompts:
         raise ValueError(f"requests={list(requests)} must be {prompts} different numbers of 64 bits, one for each prompt.")
 
 

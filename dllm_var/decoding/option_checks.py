@@ -4,16 +4,20 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+MOST = 2**31 - 1  # of anything that is counted
+WIDEST = 1e6  # of anything that is squared, or multiplied with logits
+
 Check = tuple[Callable[[Any], bool], str]
 
 
 def _whole(low: int) -> Check:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low, f"a whole number of at least {low}"
+    words = f"a whole number of at least {low} and at most {MOST}"
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= MOST, words
 
 
 def _number(low: float = 0.0, high: float = math.inf, *, above: bool = False, finite: bool = False) -> Check:
     def fits(v: Any) -> bool:
-        real = isinstance(v, (int, float)) and not isinstance(v, bool)
+        real = isinstance(v, float) or (isinstance(v, int) and not isinstance(v, bool) and abs(v) <= MOST)
         return real and low <= v <= high and not (above and v == low) and (math.isfinite(v) or not finite)
 
     words = f"a number {'above' if above else 'of at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
@@ -38,7 +42,7 @@ CHECKS: dict[str, Check] = {
     "kl_threshold": _number(),
     "kl_history_length": _whole(1),
     "kl_warmup": _switch,
-    "unmask_strategy": _choice("all", "max_conf", "min_kl"),
+    "unmask_strategy": _choice("all", "max_conf", "min_kl", "random"),
     "wide_in_thres": _number(),
     "narrow_out_thres": _number(),
     "remask_budget": _choice("previous", "current"),
@@ -52,7 +56,7 @@ CHECKS: dict[str, Check] = {
     "expansion_factor": _whole(2),
     "eos_tail": _whole(0),
     "remasking": _choice("low_confidence", "random", "entropy", "topk_margin", "left_to_right"),
-    "sigma": _number(above=True),
+    "sigma": _number(high=WIDEST, above=True),
     "debias": _switch,
     "clip_alpha": _number(above=True),
     "lambd": _number(finite=True),
@@ -67,7 +71,7 @@ CHECKS: dict[str, Check] = {
     "rollout_p": _number(0.0, 1.0),
     "rollout_include_masked": _switch,
     "current_k": _whole(1),
-    "cache_sigma": _number(above=True),
+    "cache_sigma": _number(high=WIDEST, above=True),
     "inflate_w": _whole(0),
     "kp": _whole(1),
     "kr": _whole(1),
@@ -76,6 +80,6 @@ CHECKS: dict[str, Check] = {
     "top_p": _number(0.0, 1.0, above=True),
     "top_k": _whole(1),
     "score_distribution": _choice("raw", "tempered"),
-    "cfg_scale": _number(finite=True),
+    "cfg_scale": _number(high=WIDEST),
     "seed": (lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
 }

@@ -30,7 +30,8 @@ class Generation:
     Attributes:
         tokens: ids up to, not including, the first stop token.
         raw: every id of the canvas' response, whole blocks. After an early stop the masks that were left are EOS.
-        stop_reason: "eos": a stop token was decided; "length": the canvas could not grow further.
+        stop_reason: "eos": a stop token was decided; "length": the canvas could not grow further; of the engine also
+            "stop_string", "forwards", "deadline", "cancelled".
         forwards: model calls that this row took part in, the prefill included (a guidance pair counts once).
         positions: positions computed, summed over those calls (both streams of guidance).
         steps: per id of `raw`, the call (from 0) that fixed it; −1 where none did.

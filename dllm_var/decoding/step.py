@@ -7,7 +7,7 @@ Legend: B rows, n active positions (columns of one forward, right-padded), w wan
 right-padded), K keys.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -124,11 +124,17 @@ class Action:
     insert_at: Tensor | None = None
     insert_count: Tensor | None = None
 
-    def filling(self, view: StepView, rows: Tensor) -> "Action":
-        """The action with all eligible columns of the given rows (bool [B]) committed and none of theirs masked again."""
+    def filling(self, view: StepView, rows: Tensor, stop_ids: Sequence[int]) -> "Action":
+        """The action with all eligible columns of the given rows (bool [B]) committed and none of theirs masked again.
+
+        What lies behind the first stop token that is decided anyway is left as it is.
+        """
         others = ~rows[:, None]
+        ending = self.commit & torch.isin(view.ids, torch.tensor(stop_ids, dtype=torch.int64))
+        ends = view.positions.where(ending, view.state.tokens.shape[1])
+        first = torch.cat((view.state.stopped(stop_ids)[:, None], ends), dim=1).amin(1, keepdim=True)
         return Action(
-            commit=self.commit | (view.eligible & rows[:, None]),
+            commit=self.commit | (view.eligible & rows[:, None] & (view.positions < first)),
             remask=None if self.remask is None else self.remask & others,
             replace=self.replace,
             insert_at=None if self.insert_at is None else self.insert_at.masked_fill(rows, -1),

@@ -5,6 +5,7 @@ lanes (one `DecodeLoop` per way of decoding) and the ends of requests that the l
 deadlines, cancellation. It runs in the thread that calls `step`; clocks and threads are the caller's.
 """
 
+import math
 import queue
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from dllm_var.engine import scheduler
 from dllm_var.pretrained import Pretrained, Prompt
 from dllm_var.text.chat import StreamDecoder, decode_text
 
+LAST_NUMBER = 2**62  # of those from which the engine goes on counting
 PREFILL_COLUMNS = 2048  # of prompts in one forward: it holds the running rows up no longer than this takes
 
 
@@ -108,6 +110,7 @@ class Engine:
         self._numbers: set[int] = set()
         self._served: set[GenerationConfig] = set()  # ways of decoding that the model can go
         self._next = 0
+        self._late: list[Event] = []  # ended, but not told yet
         self.forwards = self.columns = self.padding = 0
 
     @property
@@ -118,7 +121,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self._numbers
+        return not self._numbers and not self._late
 
     def submit(
         self,
@@ -136,7 +139,8 @@ class Engine:
             prompt: a question, a list of messages, or token ids.
             config: how to decode; default `GenerationConfig()`.
             stop: strings that end the answer; its text is cut before the first of them.
-            forwards: at most this many; the last one decides all that is masked in the block.
+            forwards: at most this many; the last one decides all that is masked in the block up to a stop token. (DAEDAL has
+                no block as long as it looks for the length of its canvas.)
             seconds: from now. Shortly before they are over the answer is ended in the same way.
             request: a number for it that no request in the engine has; default the next free one.
 
@@ -145,13 +149,14 @@ class Engine:
             ValueError: a prompt that cannot be rendered or does not fit, or an option out of range.
         """
         config = GenerationConfig() if config is None else config
-        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop={stop!r} must be a list of texts that are not empty.")
         if stop and self.model.tokenizer is None:
             raise ValueError("stop needs a model with a tokenizer: leave it out.")
-        for name, value in (("forwards", forwards), ("seconds", seconds)):
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be above 0, or left out.")
+        if forwards is not None and (not isinstance(forwards, int) or forwards < 1):
+            raise ValueError(f"forwards={forwards} must be a whole number above 0, or left out.")
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise ValueError(f"seconds={seconds} must be a number above 0, or left out.")
         ids, number = self.model.prompt_ids(prompt), self._next if request is None else request
         check_requests([number], 1)
         check_prompts([ids], [number], self.model.model)
@@ -171,7 +176,9 @@ class Engine:
             compose(way, self.model.special, self.model.model.config)  # what no lane could do is refused here
             self._served.add(way)
         self._numbers.add(number)
-        self._next = max(self._next, number + 1)
+        self._next = max(self._next, number + 1) if number < LAST_NUMBER else self._next
+        while self._next in self._numbers:
+            self._next += 1
         deadline = None if seconds is None else self.clock() + seconds
         decoder = StreamDecoder(self.model.tokenizer) if stop and self.model.tokenizer is not None else None
         self.waiting.append(Request(number, ids, config, tuple(stop), forwards, deadline, decoder))
@@ -195,11 +202,11 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Admit what fits, then one forward of one group of rows: an event for each of them, and for what ended unseen."""
-        made = self._expire()
+        self._late += self._expire()  # kept, should what follows fail
         self._admit()
         lane = max(self.lanes.values(), key=self._urgency, default=None)
         if lane is None or not lane.requests:
-            return made
+            return self._told()
         loop, rows = lane.loop, [lane.requests[number] for number in lane.loop.state.request.tolist()]
         if self.load is not None:
             options = replace(loop.config, **self.load(self.live))
@@ -217,7 +224,7 @@ class Engine:
         self.forwards += 1
         self.columns += loop.executor.columns - before[0]
         self.padding += loop.executor.padding - before[1]
-        return made + [self._watch(lane, event) for event in events]
+        return self._told() + [self._watch(lane, event) for event in events]
 
     def run(self) -> dict[int, Generation]:
         """Step until nothing is left; the answers by number."""
@@ -227,6 +234,11 @@ class Engine:
         """All events until nothing is left."""
         while not self.idle:
             yield from self.step()
+
+    def _told(self) -> list[Event]:
+        """The ends that were not told yet, once."""
+        told, self._late = self._late, []
+        return told
 
     def _choose(self, lane: Lane, rows: list[Request]) -> list[int]:
         """Indices of the rows that take part in the lane's next forward."""
@@ -309,7 +321,9 @@ class Engine:
     def _row_bytes(self, config: GenerationConfig) -> int:
         """Bytes of keys, values and kept features of one row."""
         shape = self.model.model.config
-        cells = {"none": 0, "dllm": self.max_length}.get(config.cache, self.max_length + 2 * config.block_length + 1)
+        cells = {"none": 0, "dllm": self.max_length}.get(
+            config.cache, self.max_length + 2 * min(config.block_length, self.max_length) + 1
+        )
         kept = 2 * shape.num_key_value_heads * shape.head_dim + (2 * shape.d_model if config.cache == "dllm" else 0)
         each = self.model.model.dtype.itemsize * (2 if config.cfg_scale else 1)
         return int(shape.n_layers * cells * kept * each)
@@ -343,7 +357,7 @@ def _way(config: GenerationConfig, longest: int) -> GenerationConfig:
     own: dict[str, Any] = {}
     if config.canvas == "growing":
         own["max_gen_length"] = longest
-    if not config.temperature and config.remasking != "random":
+    if not config.temperature and "random" not in (config.remasking, config.unmask_strategy):
         own["seed"] = 0  # nobody draws
     return replace(config, **own)
 

@@ -88,6 +88,7 @@ def test_another_rule_takes_the_place_of_the_default_threshold(options: dict[str
         ("threshold", float("nan")), ("threshold", "0.9"), ("temperature", -1), ("temperature", float("inf")),
         ("cfg_scale", -0.5), ("seed", 1.5), ("early_stop", 1), ("factor", 0), ("sigma", 0.0), ("top_p", 0), ("top_p", 1.1),
         ("top_k", 0), ("lambd", float("inf")), ("clip_alpha", 0), ("kl_history_length", 0), ("frequency_file", 3),
+        ("block_length", 10**20), ("threshold", 10**400), ("sigma", 1e200), ("cache_sigma", 1e200), ("cfg_scale", 1e39),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_with_name_value_and_what_is_right(name: str, value: object) -> None:
@@ -171,6 +172,7 @@ def test_a_bound_of_zero_is_a_bound(bound: str) -> None:
         ("{", "is not of the form"),
         ("[1]", "is not of the form"),
         ('{"num_token": 3}', "is not of the form"),
+        ('{"num_token": 1e400, "counts": {}}', "is not of the form"),
         ('{"num_token": 3, "counts": {"x": 1}}', "is not of the form"),
         ('{"num_token": 3, "counts": {"1": 0}}', "every count must be at least 1"),
         ('{"num_token": 3, "counts": {"-1": 1}}', "every id at least 0"),

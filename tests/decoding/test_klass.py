@@ -10,6 +10,7 @@ from torch import Tensor
 from dllm_var import Generation, GenerationConfig, Pretrained, generate
 from dllm_var.decoding.klass import LOG_P
 from dllm_var.decoding.loop import DecodeLoop, decode
+from dllm_var.decoding.noise import keys, uniform
 from dllm_var.decoding.proposal import Candidates
 from dllm_var.engine import Engine
 
@@ -20,6 +21,7 @@ SETTINGS = [
     {"kl_history_length": 2},
     {"kl_history_length": 2, "kl_warmup": False, "unmask_strategy": "max_conf"},
     {"kl_history_length": 2, "kl_warmup": False, "unmask_strategy": "min_kl", "num_transfer_tokens": 2},
+    {"kl_history_length": 1, "kl_warmup": False, "unmask_strategy": "random", "seed": 7},
     {"kl_history_length": 3, "kl_warmup": False},
     {"kl_history_length": 3, "num_transfer_tokens": 2},
 ]
@@ -75,7 +77,12 @@ def _obvious(logits: Tensor, config: GenerationConfig, behind: bool = True) -> t
                 and (not config.kl_warmup or age >= history - 1)
             ]
             if ready and config.unmask_strategy != "all":
-                cost = {"max_conf": {g: -sure[g] for g in ready}, "min_kl": {g: moves[g][-1] for g in ready}}
+                draws = uniform(keys(~config.seed, torch.zeros(1, dtype=torch.int64), torch.tensor([t]), torch.arange(end)))
+                cost = {
+                    "max_conf": {g: -sure[g] for g in ready},
+                    "min_kl": {g: moves[g][-1] for g in ready},
+                    "random": {g: -float(draws[g]) for g in ready},
+                }
                 ready = [min(ready, key=cost[config.unmask_strategy].__getitem__)]
             for g in ready or sorted(window, key=lambda g: -sure[g])[: config.num_transfer_tokens or 1]:
                 tokens[g], steps[g] = choice[g], t

@@ -1,5 +1,6 @@
 """The engine: requests that come and go get the very answers that they would get alone."""
 
+import gc
 import queue
 import random
 from pathlib import Path
@@ -12,6 +13,7 @@ from dllm_var import Generation, GenerationConfig, Pretrained, generate, load_pr
 from dllm_var.decoding.loop import DecodeLoop, decode
 from dllm_var.decoding.state import DecodeState
 from dllm_var.engine import Engine
+from dllm_var.model.kv_store import KVStore
 from dllm_var.text.chat import decode_text
 from dllm_var.text.special_tokens import SpecialTokens
 from tests.conftest import byte_tokenizer
@@ -21,6 +23,16 @@ WAYS = [
     {"block_length": 8, "max_gen_length": 24, "threshold": 0.6},
     {"block_length": 8, "max_gen_length": 16, "threshold": 0.6, "early_stop": False},
     {"block_length": 8, "max_gen_length": 24, "kl_threshold": 0.05, "threshold": 0.4},
+    {
+        "block_length": 8,
+        "max_gen_length": 24,
+        "kl_threshold": 1.0,
+        "kl_history_length": 1,
+        "kl_warmup": False,
+        "threshold": 0.2,
+        "unmask_strategy": "random",
+        "seed": 5,
+    },  # fmt: skip
     {"block_length": 8, "max_gen_length": 24, "wide_in_thres": 0.4},
     {"block_length": 4, "max_gen_length": 12, "temperature": 0.8, "seed": 5, "threshold": 0.5},
     {"block_length": 8, "max_gen_length": 24, "cache": "none", "threshold": 0.5},
@@ -243,6 +255,29 @@ def test_a_budget_that_is_just_enough_forces_nothing_and_is_not_the_reason(talke
     assert engine.run()[number].stop_reason == "length"
 
 
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"max_gen_length": 48, "threshold": 0.6},
+        {"max_gen_length": 48, "kl_threshold": 0.05, "threshold": 0.4},
+        {"method": "vanilla", "gen_length": 48, "threshold": 0.6, "stop_until_eos": True},
+    ],
+)
+def test_an_answer_that_ends_itself_in_the_last_forward_of_its_budget_is_what_it_is_without_one(
+    recorded64: Pretrained, way: dict[str, Any]
+) -> None:
+    config = GenerationConfig(block_length=16, **way)
+    ended = 0
+    for first in range(97, 123):
+        prompt = [258, 259, first, 98, 257, 260]
+        free = _alone(recorded64, prompt, config, 0)
+        engine = Engine(recorded64, max_length=64)
+        engine.submit(prompt, config, forwards=free.forwards)
+        assert _counts(engine.run()[0]) == _counts(free)
+        ended += free.stop_reason == "eos" and recorded64.special.eos in free.raw[len(free.tokens) + 1 :]
+    assert ended  # some of them were not full yet
+
+
 REVOCABLE = [
     {"method": "wino", "gen_length": 24, "block_length": 8, "wide_in_thres": 0.3},
     {"block_length": 8, "max_gen_length": 24, "wide_in_thres": 0.3},
@@ -323,6 +358,77 @@ def test_requests_that_do_not_fit_into_memory_are_still_there(recorded: Pretrain
     assert sorted(engine.run()) == numbers
 
 
+def test_the_end_of_a_request_is_told_though_the_step_that_ended_it_failed(
+    recorded: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    engine = Engine(recorded, max_length=64, clock=lambda: now[0])
+    late, other = engine.submit([97], CONFIG, seconds=1), engine.submit([98], CONFIG)
+    now[0] = 2.0
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeLoop, "admit", lambda *given: torch.empty(2**62))  # as without memory
+        with pytest.raises(RuntimeError):
+            engine.step()
+    assert not engine.idle
+    answers = engine.run()
+    assert answers[late].stop_reason == "deadline"
+    assert answers[other].stop_reason != "deadline"
+    assert engine.idle
+
+
+def test_a_lane_under_guidance_holds_its_memory_once_also_when_it_is_filled_again(
+    talker: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[int] = []
+    made = KVStore.__init__
+
+    def count(store: KVStore, *given: Any, **named: Any) -> None:
+        made(store, *given, **named)
+        alive.append(sum(isinstance(thing, KVStore) for thing in gc.get_objects()))
+
+    monkeypatch.setattr(KVStore, "__init__", count)
+    gc.collect()
+    engine = Engine(talker, max_rows=2, max_length=64)
+    for _ in range(3):
+        engine.submit([97], GenerationConfig(block_length=8, max_gen_length=8, cfg_scale=0.5))
+        engine.run()
+    assert len(alive) >= 3
+    assert set(alive) == {1}
+
+
+def test_a_block_longer_than_any_answer_takes_no_memory(talker: Pretrained) -> None:
+    sizes = set()
+    for block in (64, 10**9):
+        engine = Engine(talker, max_rows=1, max_length=64, memory=10**6)
+        engine.submit([97], GenerationConfig(max_gen_length=16, block_length=block))
+        assert len(engine.run()[0].raw) == 16
+        (lane,) = engine.lanes.values()
+        assert lane.loop.executor.store is not None
+        sizes.add((lane.nbytes, lane.loop.executor.store.nbytes()))
+    assert len(sizes) == 1
+
+
+def test_a_first_forward_that_failed_is_made_again_also_under_guidance(
+    talker: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GenerationConfig(
+        method="vanilla", gen_length=16, block_length=8, threshold=0.6, cache="d2cache", current_k=8, cfg_scale=0.5
+    )
+    engine = Engine(talker, max_length=64)
+    engine.submit([97, 98], config)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(talker.model), "forward", lambda *given, **named: torch.empty(2**62))
+        with pytest.raises(RuntimeError):
+            engine.step()
+    assert _counts(engine.run()[0]) == _counts(_alone(talker, [97, 98], config, 0))
+
+
+def test_a_number_from_outside_leaves_numbers_for_the_others(recorded: Pretrained) -> None:
+    engine = Engine(recorded, max_length=64)
+    numbers = [engine.submit([97], CONFIG, request=request) for request in (2**63 - 1, 1, None, None)]
+    assert numbers == [2**63 - 1, 1, 2, 3]
+
+
 def test_the_queue_is_bounded(recorded: Pretrained) -> None:
     engine = Engine(recorded, queue_size=2)
     engine.submit([97], CONFIG)
@@ -392,8 +498,12 @@ def test_an_engine_that_could_not_work_is_refused(recorded: Pretrained, options:
     [
         ({"stop": "x"}, r"stop='x' must be a list of texts"),
         ({"stop": [""]}, r"stop=\[''\] must be a list"),
-        ({"forwards": 0}, "forwards=0 must be above 0"),
-        ({"seconds": -1.0}, r"seconds=-1\.0 must be above 0"),
+        ({"stop": None}, "stop=None must be a list"),
+        ({"forwards": 0}, "forwards=0 must be a whole number above 0"),
+        ({"forwards": 1.5}, r"forwards=1\.5 must be a whole number"),
+        ({"seconds": -1.0}, r"seconds=-1\.0 must be a number above 0"),
+        ({"seconds": float("nan")}, "seconds=nan must be a number above 0"),
+        ({"request": 0.5}, r"requests=\[0\.5\] must be 1 different numbers"),
         ({"request": 0}, "request=0 is in the engine already"),
         ({"request": 2**63}, r"requests=\[9223372036854775808\] must be 1 different numbers of 64 bits"),
         ({"config": GenerationConfig(method="pc_sampler", gen_length=8)}, "debias=True needs the frequencies of tokens"),
