@@ -25,7 +25,7 @@ fail() {
 
 # need_number NAME LOWEST: the variable NAME holds a whole number
 need_number() {
-  [[ ${!1} =~ ^[0-9]+$ ]] && ((${!1} >= $2)) || fail "$1=${!1}: give a whole number from $2 on."
+  [[ ${!1} =~ ^(0|[1-9][0-9]*)$ ]] && ((${!1} >= $2)) || fail "$1=${!1}: give a whole number from $2 on."
 }
 
 visible_gpus() {

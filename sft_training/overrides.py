@@ -65,6 +65,8 @@ def check_folder(option: str, folder: Path) -> None:
     """
     if folder == Path():
         raise ValueError(f"{option} is empty, or the folder that you are in: name one of its own.")
+    if str(folder).startswith("~"):
+        raise ValueError(f"{option}={folder}: no shell has replaced the ~ there: write $HOME{str(folder)[1:]}.")
     try:
         near = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     except OSError as error:

@@ -6,7 +6,6 @@ something else than the file says. So the written and the running way are compar
 The ways: none (one process) · ddp (everybody holds everything) · zero1, zero2, zero3 (DeepSpeed) · fsdp2 (PyTorch).
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dllm_var.model.llada import LLaDAModelLM
+from dllm_var.model.shards import read_json
 from sft_training.config import SftConfig
 
 # Keys of a DeepSpeed file that settings decide: it leaves them to the Trainer ("auto"), or there would be two truths.
@@ -153,7 +153,10 @@ def _deepspeed_file() -> dict[str, Any]:
         raise ValueError("DeepSpeed without a file: add --deepspeed_config_file, naming one of configs/deepspeed.")
     if not Path(given).is_file():
         raise ValueError(f"the DeepSpeed file {given} does not exist (seen from {Path.cwd()}): give its full path.")
-    found: dict[str, Any] = json.loads(Path(given).read_text(encoding="utf-8"))
+    found = read_json(Path(given))
+    stage = found.get("zero_optimization", {})
+    if not isinstance(stage, dict) or "stage" not in stage:
+        raise ValueError(f"{given} names no zero_optimization.stage: take one of configs/deepspeed.")
     for key, setting in OURS.items():
         value = found.get(key, "auto")
         if value != "auto" and value != {"enabled": "auto"}:

@@ -32,7 +32,7 @@ WAYS = [
         "threshold": 0.2,
         "unmask_strategy": "random",
         "seed": 5,
-    },  # fmt: skip
+    },
     {"block_length": 8, "max_gen_length": 24, "wide_in_thres": 0.4},
     {"block_length": 4, "max_gen_length": 12, "temperature": 0.8, "seed": 5, "threshold": 0.5},
     {"block_length": 8, "max_gen_length": 24, "cache": "none", "threshold": 0.5},
@@ -384,7 +384,7 @@ def test_a_lane_under_guidance_holds_its_memory_once_also_when_it_is_filled_agai
 
     def count(store: KVStore, *given: Any, **named: Any) -> None:
         made(store, *given, **named)
-        alive.append(sum(isinstance(thing, KVStore) for thing in gc.get_objects()))
+        alive.append(sum(type(thing) is KVStore for thing in gc.get_objects()))
 
     monkeypatch.setattr(KVStore, "__init__", count)
     gc.collect()

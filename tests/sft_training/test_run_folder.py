@@ -96,6 +96,8 @@ def test_a_place_where_no_folder_can_be_is_refused_by_name(tmp_path: Path) -> No
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="output_dir is empty, or the folder that you are in"):
         check_place(Path(""))
+    with pytest.raises(ValueError, match=r"output_dir=~/runs: .* write \$HOME/runs"):
+        check_place(Path("~/runs"))
     with pytest.raises(ValueError, match=r"output_dir=.*file is a file: give a folder\."):
         take(tmp_path / "file" / "below")
     with pytest.raises(ValueError, match=r"output_dir=.* cannot be a folder \(File name too long\)"):
