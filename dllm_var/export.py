@@ -73,7 +73,8 @@ def export(
     shutil.copyfile(_licence(), folder / "LICENSE")
     if model_card is not None:
         (folder / "README.md").write_text(model_card, encoding="utf-8")
-    more = {"auto_map": AUTO_MAP} if special.eot is None else {"auto_map": AUTO_MAP, "eot_token_id": special.eot}
+    ours = {"eot_token_id": special.eot, "known_tokens": special.known}
+    more = {"auto_map": AUTO_MAP, **{name: value for name, value in ours.items() if value is not None}}
     return save_model(model, folder, max_shard_bytes, dtype, config_fields=more)
 
 

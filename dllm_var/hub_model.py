@@ -7,7 +7,7 @@ Legend: B rows, T prompt tokens with padding, L tokens of the longest answer.
 """
 
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -66,13 +66,11 @@ class LLaDAModelLM(Network):  # type: ignore[no-untyped-call]
 
     def _special_tokens(self, stop: int | Iterable[int] | None) -> SpecialTokens:
         config = self.config
-        eot = getattr(config, "eot_token_id", None)
-        if stop is None:
-            stop = [config.eos_token_id] if eot is None else [config.eos_token_id, eot]
-        stop_set = tuple(sorted({stop} if isinstance(stop, int) else set(stop)))
-        return SpecialTokens(
-            mask=config.mask_token_id, eos=config.eos_token_id, pad=config.pad_token_id, eot=eot, stop=stop_set
+        eot, known = getattr(config, "eot_token_id", None), getattr(config, "known_tokens", None)
+        special = SpecialTokens(
+            mask=config.mask_token_id, eos=config.eos_token_id, pad=config.pad_token_id, eot=eot, known=known
         )
+        return special if stop is None else replace(special, stop=tuple({stop} if isinstance(stop, int) else set(stop)))
 
 
 def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:

@@ -123,15 +123,15 @@ class Worker:
         return answers
 
     def _ratings(self, batch: Sequence[Pair]) -> list[Rating]:
-        network, mask, how = self._model.model, self._model.special.mask, self._how
+        network, special, how = self._model.model, self._model.special, self._how
         pairs = [(pair.ids, pair.answer) for pair in batch]
         rows = {"batch_size": how.batch_size, "cfg_scale": how.decoding.cfg_scale}
         started = time.perf_counter()
         found = log_likelihood(
-            network, mask, pairs, samples=how.samples, sampling=how.sampling, seed=how.seed,
+            network, special.mask, pairs, samples=how.samples, sampling=how.sampling, seed=how.seed,
             requests=[pair.request for pair in batch], **rows,
         )  # fmt: skip
-        greedy = is_greedy(network, mask, pairs, **rows)
+        greedy = is_greedy(network, special.mask, pairs, known=special.known, **rows)
         seconds = (time.perf_counter() - started) / len(batch)
         return [
             Rating(

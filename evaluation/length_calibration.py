@@ -65,10 +65,10 @@ class Outcome:
     @classmethod
     def of(cls, right: int, problem: Problem, answer: Generation) -> "Outcome":
         """Compare an answer with its problem, whose answer takes `right` tokens."""
-        ended = len(answer.tokens) < len(answer.raw) or answer.stop_reason == "eos"
+        ended = answer.stop_reason == "eos"
         return cls(
             right=right,
-            given=len(answer.tokens) + ended,
+            given=answer.decided,
             raw=len(answer.raw),
             ended=ended,
             exact=ended and answer.text == problem.output,

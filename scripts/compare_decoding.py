@@ -86,24 +86,19 @@ class Outcome:
     @classmethod
     def of(cls, problem: Problem, answer: Generation) -> "Outcome":
         """Score an answer."""
-        ended = _ended(answer)
+        by_eos = answer.stop_reason == "eos"
         return cls(
-            exact=ended and answer.text == problem.output,
-            by_eos=ended,
+            exact=by_eos and answer.text == problem.output,
+            by_eos=by_eos,
             forwards=answer.forwards,
             positions=answer.positions,
-            decided=len(answer.tokens) + ended,
+            decided=answer.decided,
         )
 
 
 def mean(outcomes: list[Outcome], name: str) -> float:
     """Of one figure over the prompts."""
     return statistics.fmean(getattr(outcome, name) for outcome in outcomes)
-
-
-def _ended(answer: Generation) -> bool:
-    """Whether a stop token ended the text: a method with a fixed canvas may go on behind it."""
-    return len(answer.tokens) < len(answer.raw)
 
 
 def chosen_problems(model: Pretrained, per_task: int) -> list[Problem]:

@@ -10,11 +10,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -26,6 +26,7 @@ POSITION_FILE = "data_position.json"
 STATE_FILE = "trainer_state.json"
 MANIFEST_FILE = "manifest.json"
 PARTIAL = "partial-"
+T = TypeVar("T")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,25 @@ log = logging.getLogger(__name__)
 
 class RunStopped(Exception):
     """The run ended before its last step, for the reason that its sentence gives; what was saved is good."""
+
+
+def first_decides(decide: Callable[[], T]) -> T:
+    """What the first process answers, for all of them: each may see another clock, or another state of a disk.
+
+    Raises:
+        ValueError: as the first process raised it, on every process.
+    """
+    said: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            said[0] = decide()
+        except ValueError as error:
+            said[1] = str(error)
+    broadcast_object_list(said)
+    if said[1] is not None:
+        raise ValueError(said[1])
+    answer: T = said[0]
+    return answer
 
 
 def step_of(folder: Path) -> int:
@@ -78,16 +98,10 @@ def complete(run: Path, step: int, keep: int | None) -> Path:
 
 
 def faults(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, file by file; nothing when it is whole.
-
-    One without a manifest, as runs wrote before there were manifests, passes when its last file is there, with a note.
-    """
+    """What is wrong with a checkpoint, file by file; nothing when it is whole."""
     manifest = folder / MANIFEST_FILE
     if not manifest.is_file():
-        missing = [f"{name} is missing" for name in (POSITION_FILE, STATE_FILE) if not (folder / name).is_file()]
-        if not missing:
-            log.warning("%s has no %s, so its files cannot be verified; it is taken as it is.", folder, MANIFEST_FILE)
-        return missing
+        return [f"{MANIFEST_FILE} is missing"]
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
@@ -152,16 +166,7 @@ def checkpoint_to_resume(run: Path, resume: str) -> Path | None:
     Raises:
         ValueError: as `choose`, on every process.
     """
-    answer: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            answer[0] = choose(run, resume)
-        except ValueError as error:
-            answer[1] = str(error)
-    broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise ValueError(answer[1])
-    return answer[0]
+    return first_decides(lambda: choose(run, resume))
 
 
 def resume_stream(stream: RowStream, checkpoint: Path) -> None:

@@ -1,6 +1,6 @@
 """The training data: one global stream of packed rows, the same for every rank, that can be taken up at any row.
 
-Called by ``sft.py`` and ``dataset/inspect_rows.py``. Mixture → decoding view → packer → row → corruption. Every draw is
+Built by ``build.py``. Mixture → decoding view → packer → row → corruption. Every draw is
 keyed by the seed and by what it is for, so a row is the same whatever rank, batch or restart it comes from. `Trainer` gives
 each rank its slice of every global batch; the stream itself must not be cut up by rank again.
 
@@ -43,7 +43,8 @@ class RowStream(IterableDataset[Row]):
 
     Args:
         mixture: what is read. view, packer: how a sample is shown and packed. seed: of the draws of the view.
-        mask_id: what a mask-only tail is made of. eos_id: what `view.fill` fills rows with.
+        mask_id: what a mask-only tail is made of. eos_id: what `view.fill` fills rows with, and what
+            `view.tail_eos` trains behind an answer.
         epochs: ends after epochs * len(mixture) samples, which for a single source are that many passes; None: never.
         rows_per_step: rows of an optimizer step over all ranks. They come in whole groups of that size, so a finite stream
             ends with a full step; `left_over` counts the rows that make none.
@@ -181,13 +182,11 @@ class RowStream(IterableDataset[Row]):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, bit for bit; also from one that was written when there was only one source.
+        """Go on from `state`, bit for bit.
 
         Raises:
             ValueError: the files or the settings that decide the rows are not those of the saved run.
         """
-        if "sources" not in state:
-            state = self._with_sources(state)
         for name, ours in (("samples", self.mixture.fingerprint()), ("settings", self._settings())):
             if state[name] != ours or list(state[name]) != list(ours):  # draws go by the order of the sources
                 raise ValueError(
@@ -199,12 +198,6 @@ class RowStream(IterableDataset[Row]):
         places = [(state["sources"][source.name], len(source.samples)) for source in self.mixture.sources]
         taken = tuple(place["epoch"] * size + place["cursor"] for place, size in places)
         self._go_on_from(Position(taken, tuple(place["dropped"] for place, _ in places), packer, state["emitted"]))
-
-    def _with_sources(self, state: dict[str, Any]) -> dict[str, Any]:
-        name = self.mixture.names[0]
-        place = {"epoch": state["epoch"], "cursor": state["cursor"], "dropped": state["packer"]["dropped"]}
-        settings = {**state["settings"], "shares": {name: 1.0}}
-        return {**state, "sources": {name: place}, "samples": {name: state["samples"]}, "settings": settings}
 
     def _settings(self) -> dict[str, Any]:
         packer, mixture = self._start.packer, self.mixture

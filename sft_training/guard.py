@@ -50,8 +50,7 @@ class StepGuard(TrainerCallback, ExportableState):
         return {"args": {"on_nan": self.on_nan}, "attributes": {"skipped": self.skipped, "in_a_row": self.in_a_row}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        # A checkpoint of older code knows no guard, but the library wants an entry to update.
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        saved = state.stateful_callbacks[type(self).__name__]["attributes"]
         self.skipped, self.in_a_row = saved["skipped"], saved["in_a_row"]
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:

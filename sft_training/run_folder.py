@@ -9,12 +9,9 @@ import logging
 import shutil
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-
-from sft_training.checkpoints import PARTIAL, POSITION_FILE, checkpoints_in, step_of
+from sft_training.checkpoints import PARTIAL, POSITION_FILE, checkpoints_in, first_decides, step_of
 from sft_training.config import ModelSection
 from sft_training.overrides import check_folder
 from sft_training.records import CONFIG_FILE, CURVE_FILE, METRICS_FILE, RUN_FILE, read_run, read_settings, write_run
@@ -29,16 +26,12 @@ _held: list[TextIO] = []  # locks, until the process ends
 
 def same_folder(run: str) -> str:
     """The run folder of the first process, for all of them: each may have read another clock into its name."""
-    answer = [run]
-    broadcast_object_list(answer)
-    return answer[0]
+    return first_decides(lambda: run)
 
 
 def finished(run: Path, step: int) -> bool:
     """Whether the first process finds the final model of this step, for all of them."""
-    answer = [(run / FINAL).is_dir() and read_run(run).get("steps") == step]
-    broadcast_object_list(answer)
-    return answer[0]
+    return first_decides(lambda: (run / FINAL).is_dir() and read_run(run).get("steps") == step)
 
 
 def take(run: Path) -> None:
@@ -47,15 +40,7 @@ def take(run: Path) -> None:
     Raises:
         ValueError: it cannot be made, holds files that no run of ours wrote, or another run works in it.
     """
-    problem: list[Any] = [None]
-    if PartialState().is_main_process:
-        try:
-            _take(run)
-        except ValueError as error:
-            problem[0] = str(error)
-    broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise ValueError(problem[0])
+    first_decides(lambda: _take(run))
 
 
 def _take(run: Path) -> None:

@@ -81,14 +81,14 @@ save_file({name: value.contiguous() for name, value in found.items()}, out)
 """
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with the ids of the golden checkpoint."""
+def _tokenizer(size: int = 288) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with the ids of the golden checkpoint, all 288 or the first of them."""
     alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    reserved = {f"<|reserved_token_{i}|>": i for i in range(256, 288) if i not in CONTROL.values()}
+    reserved = {f"<|reserved_token_{i}|>": i for i in range(256, size) if i not in CONTROL.values()}
     names = {i: name for name, i in (CONTROL | reserved).items()}
     bpe = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.add_special_tokens([names[i] for i in range(256, 288)])
+    bpe.add_special_tokens([names[i] for i in range(256, size)])
     assert all(bpe.token_to_id(name) == i for name, i in CONTROL.items())
     end = "<|endoftext|>"
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=end, chat_template=TEMPLATE)
@@ -307,6 +307,13 @@ def test_a_single_stop_id_is_enough(hub_model: HubModel, model: LLaDAModelLM) ->
     expected = decode(model, only, GenerationConfig(threshold=0.9, **LENGTHS), PROMPTS[1:2])[0].tokens
     assert 256 in expected
     assert hub_model.generate(ids, eos_token_id=257, **LENGTHS).tolist() == [expected]
+
+
+def test_rows_of_the_embedding_that_no_token_has_are_known_to_the_folder(model: LLaDAModelLM, tmp_path: Path) -> None:
+    export(model, _tokenizer(280), tmp_path / "few")
+    few, stop = HubModel.from_pretrained(tmp_path / "few"), (256, 257)
+    assert few._special_tokens(None) == SpecialTokens(mask=270, eos=256, pad=256, eot=257, stop=stop, known=280)
+    assert few._special_tokens(257) == SpecialTokens(mask=270, eos=256, pad=256, eot=257, stop=(257,), known=280)
 
 
 def test_the_config_s_end_of_turn_ends_an_answer_by_default(

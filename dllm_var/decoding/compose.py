@@ -35,6 +35,10 @@ class Policies:
     scorer: Scorer
     selector: Selector
 
+    def scratch(self, config: GenerationConfig) -> int | None:
+        """The most columns of a row that pass through a store in one forward; None: nothing is kept in a store."""
+        return None if self.kv.scratch is None else self.kv.scratch + self.selector.scratch(config.longest_block)
+
     @property
     def measures(self) -> Mapping[str, Measure]:
         """What the policies want measured at every wanted position."""
@@ -47,7 +51,7 @@ def compose(config: GenerationConfig, special: SpecialTokens, model: LLaDAConfig
     Raises:
         ValueError: no token frequencies where ``debias`` needs them.
     """
-    return Policies(_length(config, special), _kv(config, special), _scorer(config, special, model), _selector(config))
+    return Policies(_length(config, special), _kv(config), _scorer(config, special, model), _selector(config))
 
 
 def _length(config: GenerationConfig, special: SpecialTokens) -> LengthPolicy:
@@ -64,7 +68,7 @@ def _length(config: GenerationConfig, special: SpecialTokens) -> LengthPolicy:
     )
 
 
-def _kv(config: GenerationConfig, special: SpecialTokens) -> KVPolicy:
+def _kv(config: GenerationConfig) -> KVPolicy:
     if config.cache == "block_commit":
         return BlockCommit(config.longest_block)
     if config.cache == "prefix":
@@ -113,29 +117,28 @@ def _frequencies(config: GenerationConfig, special: SpecialTokens, model: LLaDAC
 
 
 def _selector(config: GenerationConfig) -> Selector:
-    inclusive = config.canvas == "fixed"
-    least = config.num_transfer_tokens or 1
-    count: Selector = Quota(least)
-    if config.steps is not None:
-        count = Schedule(config.steps, config.blocks, catches_up=config.rule != "klass")
-    if config.rule == "wino":
-        assert config.wide_in_thres is not None
-        return Wino(config.wide_in_thres, config.narrow_out_thres, config.remask_budget)
-    chosen = count
-    if config.rule == "klass":
-        assert config.kl_threshold is not None
-        assert config.threshold is not None
-        chosen = Klass(
-            config.threshold, config.kl_threshold, config.kl_history_length, config.kl_warmup, config.unmask_strategy, count,
-            config.block_length, config.response_limit, config.seed,
+    rule = _rule(config)
+    if not config.enable_editing:
+        return rule
+    given = (config.edit_threshold, config.threshold, 0.9)
+    return Editing(rule, next(value for value in given if value is not None))
+
+
+def _rule(config: GenerationConfig) -> Selector:
+    """How many tokens a forward decides."""
+    c, least = config, config.num_transfer_tokens or 1
+    schedule = Quota(least) if c.steps is None else Schedule(c.steps, c.blocks, catches_up=c.rule != "klass")
+    if c.wide_in_thres is not None:
+        return Wino(c.wide_in_thres, c.narrow_out_thres, c.remask_budget)
+    if c.kl_threshold is not None and c.threshold is not None:
+        return Klass(
+            c.threshold, c.kl_threshold, c.kl_history_length, c.kl_warmup, c.unmask_strategy, schedule, c.block_length,
+            c.response_limit, c.seed,
         )  # fmt: skip
-    elif config.gamma is not None:
-        chosen = EntropyBound(config.gamma)
-    elif config.factor is not None:
-        chosen = Factor(config.factor, least)
-    elif config.threshold is not None:
-        chosen = Threshold(config.threshold, inclusive, least, by_margin=config.remasking == "topk_margin")
-    if config.enable_editing:
-        given = (config.edit_threshold, config.threshold, 0.9)
-        return Editing(chosen, next(value for value in given if value is not None))
-    return chosen
+    if c.gamma is not None:
+        return EntropyBound(c.gamma)
+    if c.factor is not None:
+        return Factor(c.factor, least)
+    if c.threshold is not None:
+        return Threshold(c.threshold, c.canvas == "fixed", least, by_margin=c.remasking == "topk_margin")
+    return schedule

@@ -43,8 +43,7 @@ class D2Cache(KVPolicy):
         self.include_masked = include_masked
 
     def plan(self, state: DecodeState) -> Plan:
-        column = torch.arange(state.tokens.shape[1])
-        canvas = column < state.end[:, None]
+        canvas = state.within(torch.zeros_like(state.end), state.end)
         active = canvas
         if IMPORTANCE in state.notes:
             active = torch.where((state.forwards > 0)[:, None], self._choose(state, canvas), canvas)
@@ -64,7 +63,7 @@ class D2Cache(KVPolicy):
         seen = state.notes.setdefault(CONFIDENCE, torch.zeros_like(state.confidence))
         seen[view.real.nonzero()[:, 0], view.positions[view.real]] = view.confidence[view.real]
         assert view.attentions is not None
-        canvas = torch.arange(state.tokens.shape[1]) < state.end[:, None]
+        canvas = state.within(torch.zeros_like(state.end), state.end)
         state.notes[IMPORTANCE] = rollout(view.attentions, canvas, state.notes[ACTIVE])
 
     def _choose(self, state: DecodeState, canvas: Tensor) -> Tensor:

@@ -53,11 +53,9 @@ class Daedal(LengthPolicy):
         return {"eos": self._eos}
 
     def _eos(self, seen: Candidates) -> Tensor:
-        """The probability of EOS where it is the likeliest token but for the mask, else 0 [m]."""
-        allowed = seen.logits.clone()
-        allowed[:, self.special.mask] = float("-inf")
+        """The probability of EOS where it is the likeliest token of those that can be proposed, else 0 [m]."""
         probability = (seen.logits[:, self.special.eos] - seen.logsumexp).exp()
-        return torch.where(allowed.argmax(-1) == self.special.eos, probability, 0.0)
+        return torch.where(seen.proposable.argmax(-1) == self.special.eos, probability, 0.0)
 
     def before(self, state: DecodeState) -> None:
         """Begin or grow the canvas of rows in the first stage; open the next block of rows that are ready for one."""
@@ -114,9 +112,7 @@ class Daedal(LengthPolicy):
 
 def _tail(state: DecodeState) -> Tensor:
     """How many tokens at the end of each row's canvas nobody decided, int64 [B]."""
-    column = torch.arange(state.tokens.shape[1])
-    inside = (column >= state.prompt[:, None]) & (column < state.end[:, None])
-    return (inside & ~state.masked & (state.step == NEVER)).sum(1)
+    return (state.within(state.prompt, state.end) & ~state.masked & (state.step == NEVER)).sum(1)
 
 
 def eos_confidence(eos: Tensor, count: int) -> Tensor:

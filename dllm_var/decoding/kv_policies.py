@@ -29,7 +29,10 @@ class KVPolicy(ABC):
         """The columns of the next forward."""
 
     def columns(self, state: DecodeState) -> Tensor:
-        """Int64 [B]: how many columns of each row the next forward computes, given open blocks; by default all."""
+        """Int64 [B]: how many columns of each row the next forward computes at most, given open blocks; by default all.
+
+        What a selector asks for beside (the shadows of WINO) is not counted.
+        """
         return state.end
 
     def observe(self, view: StepView, action: Action) -> None:  # noqa: B027 (nothing is a good default)

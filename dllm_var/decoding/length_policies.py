@@ -15,7 +15,7 @@ from dllm_var.decoding.step import Action, Plan, StepView
 
 
 class LengthPolicy:
-    """What the loop asks of a length policy, and what both of ours share.
+    """What the loop asks of a length policy, and what ours share.
 
     Args:
         block_length: positions of a block; the last one may be shorter.

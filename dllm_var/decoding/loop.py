@@ -3,7 +3,7 @@
     length.before → kv.plan → selector.extend → length.extend → forward
     → score → select → length.adjust → apply → observe → length.after
 
-Called by `dllm_var.generation` and by exported checkpoints (`decode`). Policies see a `StepView`, return an `Action`, and
+Called by `dllm_var.engine` and by exported checkpoints (`decode`). Policies see a `StepView`, return an `Action`, and
 touch neither the model nor each other.
 """
 
@@ -58,8 +58,7 @@ class DecodeLoop:
     ) -> None:
         self.model, self.special, self.config = model, special, config
         self.policies = compose(config, special, model.config) if policies is None else policies
-        kv, selector = self.policies.kv, self.policies.selector
-        self._scratch = None if kv.scratch is None else kv.scratch + selector.scratch(config.longest_block)
+        self._scratch = self.policies.scratch(config)
         self.room, self.capacity = len(prompts) if room is None else room, capacity
         self.state = DecodeState.begin([], [], special.mask, 0, capacity)
         self._executor: Executor | None = None
@@ -130,7 +129,7 @@ class DecodeLoop:
         return self.executor.joinable
 
     def columns(self) -> Tensor:
-        """Int64 [B]: how many columns each row's next forward has; opens the next block where one is full.
+        """Int64 [B]: the most columns of each row's next forward, by its KV policy; opens the next block where one is full.
 
         An elastic canvas grows as its forwards come, so for it these are those of the last forward.
         """

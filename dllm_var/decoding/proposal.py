@@ -26,12 +26,13 @@ class Candidates:
     """What a measure sees of a chunk, on the model's device.
 
     Attributes:
-        logits: float32 [m, V], shifted so that the largest of each row is 0; −inf for forbidden tokens.
+        logits: float32 [m, V] of the distribution that confidences come from, shifted so that the largest of each row is 0;
+            −inf for forbidden tokens, and under `Proposer.tempered` for all that cannot be sampled.
         logsumexp: float32 [m] of these: logits − logsumexp are log-probabilities.
         ids: int64 [m], the proposed tokens. confidence: float32 [m], their probabilities.
         rows, positions: int64 [m], batch row and canvas position of each.
         mask, known: the mask id, and the first id that no token has; they have a share of the probability but are never
-            proposed.
+            proposed (under `tempered` they have none).
     """
 
     logits: Tensor
@@ -69,8 +70,8 @@ class Proposer:
     """The rule that proposes a token.
 
     Attributes:
-        mask: never proposed. It keeps its share of probability, as in the published decoders: a model that asks for a
-            mask is not sure of anything else.
+        mask: never proposed. It keeps its share of probability (but for `tempered`), as in the published decoders: a model
+            that asks for a mask is not sure of anything else.
         known: ids from here on are no tokens, and treated like the mask.
         forbidden: tokens that are taken out before probabilities are formed.
         temperature: 0: the likeliest token (the lowest id among equals); above 0: an exact draw from

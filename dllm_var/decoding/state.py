@@ -39,7 +39,7 @@ class DecodeState:
         block_start, block_end, block_index: int64 [B], the current block (the window).
         block_forwards: int64 [B], forwards that this row's current block has had. forwards: in all.
         computed: int64 [B], positions computed, summed over forwards.
-        stored: int64 [B], leading positions whose keys and values are in the store.
+        stored: int64 [B], leading positions that forwards need not compute again; a KV policy's own account.
         closed: int64 [B], the position from which on nothing is decided any more (C: none).
         stop: int64 [B], LIVE or a key of `STOP_REASONS`.
         last: int64 [B], LIVE, or why the present forward is the row's last one whatever it shows.
@@ -118,11 +118,14 @@ class DecodeState:
         """Rows that are being decoded."""
         return self.tokens.shape[0]
 
+    def within(self, start: Tensor, end: Tensor) -> Tensor:
+        """Bool [B, C]: the positions from `start` up to `end` (int64 [B])."""
+        column = torch.arange(self.tokens.shape[1])
+        return (column >= start[:, None]) & (column < end[:, None])
+
     def window(self) -> Tensor:
         """Bool [B, C]: the masked positions of each row's current block."""
-        column = torch.arange(self.tokens.shape[1])
-        end = self.block_end.minimum(self.closed)
-        return self.masked & (column >= self.block_start[:, None]) & (column < end[:, None])
+        return self.masked & self.within(self.block_start, self.block_end.minimum(self.closed))
 
     def tentative(self) -> Tensor:
         """Bool [B, C]: the tokens decided since each row's current block opened: what may be taken back or replaced."""
@@ -168,8 +171,7 @@ class DecodeState:
 
     def append(self, token: int, count: Tensor) -> None:
         """Put count[b] copies of a token that nobody decided behind the canvas of row b."""
-        column = torch.arange(self.tokens.shape[1])
-        added = (column >= self.end[:, None]) & (column < (self.end + count)[:, None])
+        added = self.within(self.end, self.end + count)
         self.tokens, self.masked = self.tokens.masked_fill(added, token), self.masked & ~added
         self.end = self.end + count
 

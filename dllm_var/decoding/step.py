@@ -62,7 +62,8 @@ class StepView:
         real: bool [B, w], False for padding.
         eligible: bool [B, w], the columns that may be committed.
         ids: int64 [B, w], the proposed token; never the mask.
-        confidence: float32 [B, w], its probability (temperature 1, before any prior).
+        confidence: float32 [B, w], its probability before any prior (at temperature 1, unless score_distribution says
+            "tempered").
         measures: further numbers per column [B, w] float32, those that a policy asked for by name.
         attentions: per layer [B, n, K] on the model's device, when the plan wanted them.
     """

@@ -1,6 +1,6 @@
 """The forward process: which response tokens become masks, at level t. Prompts stay; the end of an answer never does.
 
-Called by ``sft_training/data.py`` and ``dataset/inspect_rows.py``. All randomness comes from counters: a sample's draws
+Called by ``sft_training/data.py``. All randomness comes from counters: a sample's draws
 are a function of (seed, epoch, sample key) alone, so no rank count, batch shape or restart can change them.
 
 Legend: B rows, L tokens of a row.

@@ -159,21 +159,28 @@ def score_masks(
 
 @torch.inference_mode()
 def is_greedy(
-    model: LLaDAModelLM, mask_id: int, pairs: Sequence[Pair], *, batch_size: int = 32, cfg_scale: float = 0.0
+    model: LLaDAModelLM,
+    mask_id: int,
+    pairs: Sequence[Pair],
+    *,
+    known: int | None = None,
+    batch_size: int = 32,
+    cfg_scale: float = 0.0,
 ) -> list[bool]:
     """Whether each answer is what the model itself decides, most confident token first, one per forward.
 
     The canvas is the prompt and one mask for each answer token. Stops at the first token that differs. Arguments and errors
-    as for `log_likelihood`.
+    as for `log_likelihood`; ids from `known` on are no tokens and never decided.
     """
     _check(model, pairs, batch_size, cfg_scale)
+    head = _proposals(mask_id, known)
     masked = [torch.ones(len(answer), dtype=torch.bool) for _, answer in pairs]
     greedy, open_rows = [True] * len(pairs), list(range(len(pairs)))
     while open_rows:
         for start in range(0, len(open_rows), batch_size):
             rows = open_rows[start : start + batch_size]
             masks = [masked[row] for row in rows]
-            readings = _forward(model, mask_id, [pairs[row] for row in rows], masks, cfg_scale, _proposals(mask_id))
+            readings = _forward(model, mask_id, [pairs[row] for row in rows], masks, cfg_scale, head)
             for row, (ids, log_p) in zip(rows, _per_row(readings, masks), strict=True):
                 best = int(log_p.argmax())
                 position = int(masked[row].nonzero()[best])
@@ -183,14 +190,16 @@ def is_greedy(
     return greedy
 
 
-def _proposals(mask_id: int) -> Head:
-    """The likeliest token but for the mask, and its ln p, float64 [2, M]."""
+def _proposals(mask_id: int, known: int | None) -> Head:
+    """The likeliest token but for the mask and ids from `known` on, and its ln p, float64 [2, M]."""
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
         parts = []
         for part in torch.split(hidden, HEAD_ROWS):
             log_p = (part @ weight.to(part.dtype).T).float().log_softmax(-1)
             log_p[:, mask_id] = float("-inf")
+            if known is not None:
+                log_p[:, known:] = float("-inf")
             parts.append(torch.stack((log_p.argmax(-1).double(), log_p.amax(-1).double())))
         return torch.cat(parts, 1)
 

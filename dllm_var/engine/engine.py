@@ -108,7 +108,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.lanes: dict[GenerationConfig, Lane] = {}
         self._numbers: set[int] = set()
-        self._served: set[GenerationConfig] = set()  # ways of decoding that the model can go
+        self._bytes: dict[GenerationConfig, int] = {}  # of a row, by way of decoding; the model can go these ways
         self._next = 0
         self._late: list[Event] = []  # ended, but not told yet
         self.forwards = self.columns = self.padding = 0
@@ -160,9 +160,7 @@ class Engine:
         ids, number = self.model.prompt_ids(prompt), self._next if request is None else request
         check_requests([number], 1)
         check_prompts([ids], [number], self.model.model)
-        needed, row = self._row_bytes(config), len(ids) + config.response_limit
-        if self.memory is not None and needed > self.memory:
-            raise ValueError(f"memory={self.memory} bytes cannot hold a request of {needed}: raise it, or lower max_length.")
+        row = len(ids) + config.response_limit
         if row > self.max_length:
             raise ValueError(
                 f"the prompt and the longest answer take {row} positions, above max_length={self.max_length}: raise it, or "
@@ -172,9 +170,9 @@ class Engine:
             raise queue.Full(f"{self.queue_size} requests are waiting already: try again later.")
         if number in self._numbers:
             raise ValueError(f"request={number} is in the engine already: give another number.")
-        if (way := _way(config, self.max_length)) not in self._served:
-            compose(way, self.model.special, self.model.model.config)  # what no lane could do is refused here
-            self._served.add(way)
+        needed = self._row_bytes(_way(config, self.max_length))
+        if self.memory is not None and needed > self.memory:
+            raise ValueError(f"memory={self.memory} bytes cannot hold a request of {needed}: raise it, or lower max_length.")
         self._numbers.add(number)
         self._next = max(self._next, number + 1) if number < LAST_NUMBER else self._next
         while self._next in self._numbers:
@@ -305,7 +303,7 @@ class Engine:
         way = _way(config, self.max_length)
         if way in self.lanes:
             return self.lanes[way]
-        each, room = self._row_bytes(config), self.max_rows
+        each, room = self._row_bytes(way), self.max_rows
         for other in [key for key, lane in self.lanes.items() if not lane.requests]:
             del self.lanes[other]
         if self.memory is None and self.lanes:
@@ -318,15 +316,20 @@ class Engine:
         self.lanes[way] = Lane(loop, room * each)
         return self.lanes[way]
 
-    def _row_bytes(self, config: GenerationConfig) -> int:
-        """Bytes of keys, values and kept features of one row."""
-        shape = self.model.model.config
-        cells = {"none": 0, "dllm": self.max_length}.get(
-            config.cache, self.max_length + 2 * min(config.block_length, self.max_length) + 1
-        )
-        kept = 2 * shape.num_key_value_heads * shape.head_dim + (2 * shape.d_model if config.cache == "dllm" else 0)
-        each = self.model.model.dtype.itemsize * (2 if config.cfg_scale else 1)
-        return int(shape.n_layers * cells * kept * each)
+    def _row_bytes(self, way: GenerationConfig) -> int:
+        """Bytes of keys, values and kept features of one row.
+
+        Raises:
+            ValueError: the model cannot be decoded that way.
+        """
+        if way not in self._bytes:
+            shape = self.model.model.config
+            scratch = compose(way, self.model.special, shape).scratch(way)
+            cells = self.max_length + scratch + 1 if scratch is not None else self.max_length * (way.cache == "dllm")
+            kept = 2 * shape.num_key_value_heads * shape.head_dim + (2 * shape.d_model if way.cache == "dllm" else 0)
+            each = self.model.model.dtype.itemsize * (2 if way.cfg_scale else 1)
+            self._bytes[way] = int(shape.n_layers * cells * kept * each)
+        return self._bytes[way]
 
     def _watch(self, lane: Lane, event: Event) -> Event:
         """Look for stop strings in what is settled; finish what is done."""

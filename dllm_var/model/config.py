@@ -43,14 +43,24 @@ POSITIVE = ("d_model", "n_heads", "n_layers", "vocab_size", "max_sequence_length
 MAY_BE_NULL = ("n_kv_heads", "mlp_hidden_size", "embedding_size")
 
 # Kept out of the base class, whose releases disagree on which of these names they swallow.
-SET_BY_US = (*REQUIRED, *SUPPORTED, "embedding_size", "mlp_ratio", "multi_query_attention", "eot_token_id", "bos_token_id")
+SET_BY_US = (
+    *REQUIRED,
+    *SUPPORTED,
+    "embedding_size",
+    "mlp_ratio",
+    "multi_query_attention",
+    "eot_token_id",
+    "known_tokens",
+    "bos_token_id",
+)
 
 
 class LLaDAConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """Configuration of a LLaDA-family mask predictor (arXiv 2502.09992); field names are those of the released checkpoints.
 
-    Every other field is kept as it is and written back on saving. `eot_token_id` is our one addition: the second id that
-    ends an answer, written when a model is exported so that its folder decodes without asking the tokenizer.
+    Every other field is kept as it is and written back on saving. Two are our additions, written when a model is exported so
+    that its folder decodes without asking the tokenizer: `eot_token_id`, the second id that ends an answer, and
+    `known_tokens`, the first row of the embedding that no token has, if there are such.
 
     Raises:
         ValueError: a required field is missing, a field asks for an unsupported variant, or shapes contradict each other.

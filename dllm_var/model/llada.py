@@ -1,6 +1,6 @@
 """The LLaDA network: one bidirectional transformer, one forward for training, whole canvases and partial decoding.
 
-Called by `dllm_var.decoding.loop` and by the Trainer. It maps (tokens, positions, key/value store) to logits and knows
+Called by `dllm_var.decoding.executor` and by the Trainer. It maps (tokens, positions, key/value store) to logits and knows
 nothing of masks, blocks, EOS or sampling. Architecture: pre-norm RMSNorm, rotary positions (halves), SwiGLU, no biases
 (arXiv 2502.09992, and the tensor names of the released checkpoints).
 

@@ -13,9 +13,11 @@ from dllm_var.decoding.compose import compose
 from dllm_var.decoding.daedal import eos_confidence
 from dllm_var.decoding.kv_policies import Prefix
 from dllm_var.decoding.loop import DecodeLoop
+from dllm_var.decoding.proposal import Candidates
 from dllm_var.decoding.results import Event
 from dllm_var.decoding.state import FORWARDS, DecodeState
 from dllm_var.decoding.step import Plan
+from dllm_var.text.special_tokens import SpecialTokens
 
 PROMPTS = [[258, 259, *text, 257, 260] for text in (b"add 12 7=", b"rev abc", b"say a long thing")]
 SMALL: dict[str, Any] = {"method": "daedal", "initial_gen_length": 6, "num_check_last_eot": 4, "expansion_factor": 3}
@@ -350,3 +352,13 @@ def test_every_row_has_a_limit_of_its_own(rule_model: Any, says: Any, special: A
     loop.admit([[1] * 4, [1] * 8], [0, 1], limits=[8, 4])
     answers = {e.request: e.result for e in loop if e.result}
     assert {number: len(answer.raw) for number, answer in answers.items() if answer} == {0: 8, 1: 4}
+
+
+def test_an_id_that_no_token_has_hides_no_eos_from_the_search_for_a_length() -> None:
+    special = SpecialTokens(mask=5, eos=1, pad=1, known=4)
+    length = compose(GenerationConfig(method="daedal"), special).length
+    logits = torch.tensor([[-3.0, -1.0, -2.0, -3.0, 0.0, -1.0], [-1.0, -2.0, -3.0, -3.0, 0.0, -1.0]])
+    rows = torch.arange(2)
+    seen = Candidates(logits, logits.logsumexp(-1), rows, logits[:, 0], rows, rows, mask=5, known=4)
+    probability = length.measures["eos"](seen)
+    assert probability.tolist() == pytest.approx([float(logits[0].softmax(-1)[1]), 0.0])

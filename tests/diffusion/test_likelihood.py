@@ -181,6 +181,13 @@ def test_greedy_never_proposes_the_mask(recorded: Pretrained) -> None:
     assert is_greedy(model, MASK, [(PROMPT, answer[0].raw)]) == [True]
 
 
+def test_greedy_never_proposes_an_id_that_no_token_has(recorded: Pretrained) -> None:
+    (answer,) = generate(recorded, [PROMPT], GenerationConfig(method="vanilla", gen_length=1))
+    pairs = [(PROMPT, answer.raw)]
+    assert is_greedy(recorded.model, MASK, pairs, known=answer.raw[0] + 1) == [True]
+    assert is_greedy(recorded.model, MASK, pairs, known=answer.raw[0]) == [False]
+
+
 def test_a_single_unit_has_no_error_to_state(recorded: Pretrained) -> None:
     assert math.isnan(_scored(recorded, [(PROMPT, [1, 2])], samples=16)[0].standard_error)
 

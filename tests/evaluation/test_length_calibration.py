@@ -39,12 +39,6 @@ def test_an_answer_without_a_stop_token_is_truncated_and_never_right(study: Modu
     assert (figures["too_short"], figures["under_run"], figures["wasted"]) == (0, 2, 0)  # cut off is not stopped early
 
 
-def test_a_stop_token_inside_a_full_canvas_is_an_end(study: ModuleType) -> None:
-    outcome = _outcome(study, 5, "length", raw=32)
-    assert outcome.ended
-    assert outcome.exact
-
-
 def test_every_system_fits_every_budget(study: ModuleType) -> None:
     for system in study.SYSTEMS:
         for budget in study.BUDGETS:

@@ -75,15 +75,11 @@ def test_a_manifest_that_cannot_be_read_is_a_fault_too(tmp_path: Path) -> None:
         assert faults(folder)[0].startswith("manifest.json cannot be read")
 
 
-def test_a_checkpoint_of_the_time_before_manifests_is_taken_with_a_note(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = write(tmp_path, 2)
-    (folder / MANIFEST_FILE).unlink()
-    assert choose(tmp_path, "auto") == folder
-    assert caplog.messages == [f"{folder} has no manifest.json, so its files cannot be verified; it is taken as it is."]
-    (folder / STATE_FILE).unlink()  # was written last
-    assert faults(folder) == ["trainer_state.json is missing"]
+def test_a_checkpoint_without_a_manifest_cannot_be_verified_and_does_not_count(tmp_path: Path) -> None:
+    older, newer = write(tmp_path, 2), write(tmp_path, 4)
+    (newer / MANIFEST_FILE).unlink()
+    assert faults(newer) == ["manifest.json is missing"]
+    assert choose(tmp_path, "auto") == older
 
 
 def test_when_nothing_is_whole_the_run_stops_and_never_starts_anew_by_itself(tmp_path: Path) -> None:

@@ -141,26 +141,6 @@ def test_a_state_survives_a_chain_of_stops(sizes: list[int]) -> None:
     assert same(found, whole)
 
 
-@pytest.mark.filterwarnings("ignore:sample s:UserWarning")
-def test_a_state_of_the_time_before_sources_is_taken_up() -> None:
-    whole = list(islice(stream([30], length=11), 40))
-    going = stream([30], length=11)
-    list(islice(going, 25))
-    state = going.state(25)
-    place = state.pop("sources")["n0"]
-    state.pop("draws")
-    del state["settings"]["shares"]
-    old = {"epoch": place["epoch"], "cursor": place["cursor"], **state, "samples": state["samples"]["n0"]}
-    assert set(old) == {"epoch", "cursor", "emitted", "packer", "samples", "settings"}
-    again = stream([30], length=11)
-    again.restore(json.loads(json.dumps(old)))
-    assert again.sources(25) == going.sources(25)
-    assert going.sources(25)["n0"]["dropped"] > 0
-    assert same(list(islice(again, 15)), whole[25:])
-    with pytest.raises(ValueError, match="had other samples"):
-        stream([30, 2], length=11).restore(json.loads(json.dumps(old)))
-
-
 def test_sources_in_another_order_cannot_take_up_a_run() -> None:
     run = stream([5, 5])
     list(islice(run, 3))
