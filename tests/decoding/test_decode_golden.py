@@ -81,7 +81,8 @@ def test_with_the_defect_put_in_a_case_that_rests_on_it_is_reproduced(
 
 
 def test_every_listed_defect_has_such_a_case(replay: ModuleType) -> None:
-    assert {defect.name for defect in replay.DEFECTS} == set(RESTS_ON.values())
+    made_elsewhere = {"ends taken out"}  # no recorded case asks for it: tests/scripts/test_replay_golden.py makes one
+    assert {defect.name for defect in replay.DEFECTS} == set(RESTS_ON.values()) | made_elsewhere
 
 
 def test_recorded_prompts_decoded_together_give_what_each_gave_alone(recorded: Pretrained, replay: ModuleType) -> None:

@@ -80,7 +80,10 @@ def test_ctrl_c_ends_the_whole_protocol_and_not_one_task_of_it(tmp_path: Path) -
     python.write_text(f'#!/bin/bash\ntrap "exit 1" INT\necho "$@" >>{tmp_path}/calls\nsleep 60 & wait\n', encoding="utf-8")
     python.chmod(0o755)
     environment = os.environ | {"TASKS": "gsm8k bbh", "LOG_PATH": "logs", "PYTHON": str(python)}
-    with subprocess.Popen(["bash", str(SCRIPT)], cwd=tmp_path, env=environment, start_new_session=True) as running:
+    with subprocess.Popen(
+        ["bash", str(SCRIPT)], cwd=tmp_path, env=environment, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what started the tests may ignore it
+    ) as running:  # fmt: skip
         while not (tmp_path / "calls").is_file():
             time.sleep(0.05)
         time.sleep(0.3)

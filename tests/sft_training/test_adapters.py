@@ -137,7 +137,10 @@ def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(lora: Settings,
     monkeypatch.setattr(build, "FIRST_LOOK", 0)  # these are ids of another tokenizer than that of "tiny"
     for other, said in (
         (("adapter.r=8",), r"'r': 4.*this run asks for.*'r': 8"),
-        (("adapter.kind=none",), "adapter.kind='none', but .*checkpoint-6 holds an adapter"),
+        (
+            ("adapter.kind=none", "adapter.r=32", "adapter.alpha=256", "adapter.dropout=0.05"),
+            "adapter.kind='none', but .*checkpoint-6 holds an adapter",
+        ),
         (("adapter.targets=[q_proj]",), "target_modules"),
         (("model.path=tiny",), "was trained on other weights than those of model.path='tiny'"),
     ):
