@@ -143,7 +143,8 @@ def find_files(option: str, given: Any) -> list[Path]:
     for entry in wanted:
         matches = {Path(entry)} if Path(entry).exists() else {Path(match) for match in glob.glob(entry, recursive=True)}
         if not matches:
-            raise ValueError(f"{option}: no file matches {entry!r} (seen from {Path.cwd()}).")
+            hint = f" Several are a list: {option}=[{entry}]." if "," in entry else ""
+            raise ValueError(f"{option}: no file matches {entry!r} (seen from {Path.cwd()}).{hint}")
         folders = sorted(str(match) for match in matches if match.is_dir())
         if folders:
             raise ValueError(f"{option}: {folders[0]!r} is a folder; write {folders[0]}/*.jsonl for the files in it.")

@@ -58,6 +58,11 @@ def test_a_file_is_taken_by_its_name_before_a_pattern_and_only_once(tmp_path: Pa
     assert [path.resolve() for path in twice] == [files[1]]
 
 
+def test_files_with_commas_between_them_get_the_way_to_write_a_list() -> None:
+    with pytest.raises(ValueError, match=r"Several are a list: dataset\.files=\[a\.jsonl,b\.jsonl\]"):
+        find_files("dataset.files", "a.jsonl,b.jsonl")
+
+
 def test_a_file_whose_lines_were_put_in_another_order_is_another_one(tmp_path: Path) -> None:
     records = [{**GOOD, "id": f"x:{i}"} for i in range(3)]
     ours, other = (opened(write(tmp_path / "x.jsonl", *each)).fingerprint() for each in (records, records[::-1]))
