@@ -221,6 +221,7 @@ def run(config: EvalConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="eval")
 def _main(composed: DictConfig) -> None:
+    kept = f"the answers given so far are in {composed.get('output_dir')}: the same command goes on there."
     try:
         run(typed(composed))
     except ValueError as error:
@@ -236,12 +237,9 @@ def _main(composed: DictConfig) -> None:
     except OSError as error:  # a full disk, for one
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        refuse(
-            ValueError(f"{error}. The answers given so far are in {composed.output_dir}: the same command goes on there.")
-        )
+        refuse(ValueError(f"{error}; {kept}"))
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            kept = f"the answers given so far are in {composed.output_dir}: the same command goes on there."
             print(f"eval.py: stopped; {kept}", file=sys.stderr)
         raise SystemExit(130) from None
     finally:

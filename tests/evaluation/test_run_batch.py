@@ -84,7 +84,7 @@ def test_ctrl_c_ends_the_whole_protocol_and_not_one_task_of_it(tmp_path: Path) -
         ["bash", str(SCRIPT)], cwd=tmp_path, env=environment, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what started the tests may ignore it
     ) as running:  # fmt: skip
-        while not (tmp_path / "calls").is_file():
+        while running.poll() is None and not (tmp_path / "calls").is_file():
             time.sleep(0.05)
         time.sleep(0.3)
         os.killpg(running.pid, signal.SIGINT)
