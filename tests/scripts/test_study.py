@@ -95,12 +95,14 @@ def test_what_was_trained_is_not_trained_again(tmp_path: Path) -> None:
     assert not [call for call in calls if call[0].endswith("sft.py")]
 
 
-@pytest.mark.parametrize("base", ["warm_up", "sft"])
-def test_without_its_base_the_study_says_what_to_run_first(tmp_path: Path, base: str) -> None:
-    ran, _ = study(tmp_path)
+@pytest.mark.parametrize(
+    ("script", "base"), [("study.sh", "warm_up"), ("study.sh", "sft"), ("study_surroundings.sh", "warm_up")]
+)
+def test_without_its_base_the_study_says_what_to_run_first(tmp_path: Path, script: str, base: str) -> None:
+    ran, _ = study(tmp_path, script=script)
     (tmp_path / "run" / base / "final" / "config.json").unlink()
     ran = subprocess.run(
-        ["bash", ROOT / "scripts/study.sh", tmp_path / "run"], env=os.environ | {"PYTHON": sys.executable},
+        ["bash", ROOT / "scripts" / script, tmp_path / "run"], env=os.environ | {"PYTHON": sys.executable},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 1
@@ -143,6 +145,26 @@ def test_the_warm_up_is_compared_with_as_many_steps_from_random_weights_and_with
     assert [Path(call[0]).name for call in measured] == ["eval_tiny.py", "eval_tiny.py", "eval_ar_twin.py"]
     assert [call[call.index("--model") + 1] for call in measured] == [f"{study_folder / arm}/sft/final" for arm in arms]
     assert ran.stdout.endswith("{}\n" * 3)
+
+
+def test_strict_packing_and_tails_differ_in_nothing_but_the_masks_behind_a_sample(tmp_path: Path) -> None:
+    ran, calls = study(tmp_path, script="study_surroundings.sh")
+    assert ran.returncode == 0, ran.stderr
+    trained = {c.output_dir: c for c in (compose_settings(call[1:]) for call in calls if call[0].endswith("sft.py"))}
+    folder = tmp_path / "run" / "surroundings"
+    strict, tails, views = (trained[str(folder / name)] for name in ("strict", "tails", "block_views"))
+    assert (strict.view.tail_share, tails.view.tail_share, tails.view.tail_max) == (0.0, 0.8, 32)
+    tails.view, tails.output_dir = strict.view, strict.output_dir
+    assert strict == tails
+    assert (strict.view.block_share, strict.packing.attention) == (0.0, "full")
+    assert (views.view.block_share, views.packing.attention) == (0.85, "sample")
+    assert {c.model.path for c in trained.values()} == {str(tmp_path / "run" / "warm_up" / "final")}
+    assert {c.training.max_steps for c in trained.values()} == {30}
+    measured = [call[call.index("--model") + 1] for call in calls if call[0].endswith("eval_tiny.py")]
+    assert measured == [f"{name}/final" for name in trained]
+    assert ran.stdout.endswith("{}\n" * 3)
+    _, again = study(tmp_path, script="study_surroundings.sh")
+    assert not [call for call in again if call[0].endswith(("sft.py", "eval_tiny.py"))]
 
 
 def test_an_unknown_arm_of_the_warm_up_study_is_named_and_nothing_is_trained(tmp_path: Path) -> None:
