@@ -23,6 +23,7 @@ STAGES = ("warm_up", "blocks_4", "blocks_16", "blocks_32", "sft")
 CORPORA = {"train": "text", "more": "more", "last": "last"}
 # One prompt per task for the demo's banner, none of them from the training part.
 EXAMPLE_SEED = 77
+SEEDS_FILE = Path(__file__).resolve().parents[1] / "evaluation" / "results" / "seeds.jsonl"
 
 CARD = """---
 license: mit
@@ -70,7 +71,11 @@ are shown as block decoding meets them{at_once}, and of the others {tail_share:.
 ## Limits
 
 Only the wordings and number ranges of `dataset/tiny_corpus.py`. Anything else gives fluent nonsense that also ends with EOS.
-Figures are from one training run; the spread over training seeds has not been measured.
+
+The figures above are from one training run. What the recipe gives from run to run, by training seed (`SEED=2 bash
+scripts/train_tiny.sh`; mean over the tasks of 500 unseen problems each, `evaluation/results/seeds.jsonl`):
+
+{spread}
 """
 
 
@@ -126,6 +131,18 @@ def beginning(run: Path) -> tuple[str, float, int]:
     return ", ".join(words) + (", then" if len(words) > 1 else ":"), seconds, positions
 
 
+def spread() -> str:
+    """What whole runs of the recipe with other training seeds gave, as a table in Markdown."""
+    names = ("block 32", "block 16")
+    rows = [f"| training seed | {' | '.join(names)} |", "|---|---|---|"]
+    for line in SEEDS_FILE.read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        if run["stage"] == "sft" and run["seed"] == 0:
+            exact = " | ".join(f"{run['settings'][name]['macro_exact']:.3f}" for name in names)
+            rows.append(f"| {run['training_seed']} | {exact} |")
+    return "\n".join(rows)
+
+
 def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
     """The model card as Markdown."""
     facts, settings = read_json(run / "sft" / "run.json"), settings_of(run / "sft")
@@ -155,6 +172,7 @@ def card(run: Path, evaluation: dict[str, Any], commit: str) -> str:
         recipe=yaml.safe_dump(settings_of(run / "sft"), sort_keys=False), block_share=settings["view"]["block_share"],
         tail_share=settings["view"]["tail_share"], start=start,
         tail_label="; what stands behind an answer is trained to be EOS" * settings["view"].get("tail_eos", False),
+        spread=spread(),
         at_once=", all blocks of a sample at once" if settings["view"]["every_block"] else "",
     )  # fmt: skip
 

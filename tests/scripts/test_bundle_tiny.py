@@ -88,3 +88,9 @@ def test_the_card_states_what_the_run_recorded_and_the_folder_opens(tmp_path: Pa
     assert "40% are shown as block decoding meets them, all blocks of a sample at once" in card.replace("\n", " ")
     assert len(json.loads((output / "examples.json").read_text(encoding="utf-8"))) == 6
     assert load_pretrained(output).model.num_parameters() == 2_828_736
+    limits, shipped = (
+        (folder / "README.md").read_text(encoding="utf-8").partition("## Limits")[2]
+        for folder in (output, ROOT / "dllm_var" / "bundled" / "tiny")
+    )
+    assert limits == shipped
+    assert [line[:4] for line in limits.splitlines() if line[:3] in ("| 1", "| 2")] == ["| 1 ", "| 2 "]
