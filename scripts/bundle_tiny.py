@@ -72,8 +72,8 @@ are shown as block decoding meets them{at_once}, and of the others {tail_share:.
 
 Only the wordings and number ranges of `dataset/tiny_corpus.py`. Anything else gives fluent nonsense that also ends with EOS.
 
-The figures above are from one training run. What the recipe gives from run to run, by training seed (`SEED=2 bash
-scripts/train_tiny.sh`; mean over the tasks of 500 unseen problems each, `evaluation/results/seeds.jsonl`):
+The figures above are from one training run. What the recipe gives from run to run, by training seed
+(`SEED=2 bash scripts/train_tiny.sh`; mean over the tasks of 500 unseen problems each, `evaluation/results/seeds.jsonl`):
 
 {spread}
 """

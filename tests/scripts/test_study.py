@@ -151,7 +151,7 @@ def test_strict_packing_and_tails_differ_in_nothing_but_the_masks_behind_a_sampl
     ran, calls = study(tmp_path, script="study_surroundings.sh")
     assert ran.returncode == 0, ran.stderr
     trained = {c.output_dir: c for c in (compose_settings(call[1:]) for call in calls if call[0].endswith("sft.py"))}
-    folder = tmp_path / "run" / "surroundings"
+    folder = tmp_path / "run" / "surroundings" / "30"
     strict, tails, views = (trained[str(folder / name)] for name in ("strict", "tails", "block_views"))
     assert (strict.view.tail_share, tails.view.tail_share, tails.view.tail_max) == (0.0, 0.8, 32)
     tails.view, tails.output_dir = strict.view, strict.output_dir
@@ -165,6 +165,8 @@ def test_strict_packing_and_tails_differ_in_nothing_but_the_masks_behind_a_sampl
     assert ran.stdout.endswith("{}\n" * 3)
     _, again = study(tmp_path, script="study_surroundings.sh")
     assert not [call for call in again if call[0].endswith(("sft.py", "eval_tiny.py"))]
+    _, longer = study(tmp_path, script="study_surroundings.sh", STEPS="40")
+    assert {compose_settings(call[1:]).training.max_steps for call in longer if call[0].endswith("sft.py")} == {40}
 
 
 def test_an_unknown_arm_of_the_warm_up_study_is_named_and_nothing_is_trained(tmp_path: Path) -> None:
